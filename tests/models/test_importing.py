@@ -21,8 +21,8 @@ from seg_attn.models.importing import detect_backbone, released_weights
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def check_equal(ours, theirs, shape, images, error, logits=lambda output: output):
-    for dtype, tolerance in TOLERANCE.items():
+def check_equal(ours, theirs, shape, images, error, logits=lambda output: output, tolerances=TOLERANCE):
+    for dtype, tolerance in tolerances.items():
         x = images(*shape).to(dtype)
         with torch.no_grad():
             assert error(ours.to(dtype)(x), logits(theirs.to(dtype)(x))) <= tolerance
@@ -83,7 +83,10 @@ def check_smp(kind, encoder, output_stride, sizes, randomise, images, error):
     assert (ours.output_stride, ours.aspp.rates) == (output_stride, (12, 24, 36))
     assert (ours.config["align_corners"], ours.config["contract_dilation"]) == (True, False)
     for size in sizes:
-        check_equal(ours, theirs, (1, 3, *size), images, error)
+        # Gates and groups, on random weights, amplify float32's rounding; float64 shows that the function is the same.
+        loose = {torch.float32: 1e-3, torch.float64: 1e-12}
+        tolerances = TOLERANCE if encoder in ("resnet50", "resnet101") else loose
+        check_equal(ours, theirs, (1, 3, *size), images, error, tolerances=tolerances)
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
