@@ -1,6 +1,7 @@
 """The network under torch.compile, torch.export and ONNX: the same logits, at every stride and size."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -24,8 +25,14 @@ VARIANTS = {
 
 
 def build(variant, randomise, backbone="resnet18"):
+    """Return a network of random weights whose float32 logits are good to 1e-5: without the smaller gates below,
+    eight AFF in a row are steps, and eager float32 itself is up to 2e-2 from float64."""
     torch.manual_seed(0)
-    return randomise(DeepLabV3(backbone, num_classes=3, decoder_channels=16, **VARIANTS[variant]))
+    model = randomise(DeepLabV3(backbone, num_classes=3, decoder_channels=16, **VARIANTS[variant]))
+    for name, tensor in model.state_dict().items():
+        if re.search(r"fusion.*_att2?\.[34]\.weight$", name) and tensor.ndim > 1:
+            tensor.mul_(0.03)
+    return model
 
 
 @pytest.fixture
