@@ -55,6 +55,7 @@ COMMANDS = {
     ),
     "summary": Command("dilation plan, parameters and FLOPs per part", "seg_attn.commands.summary", plain=False),
     "prices": Command("what each attention block and fusion costs", "seg_attn.commands.prices"),
+    "export": Command("ONNX or torch.export's .pt2, checked at a second size", "seg_attn.commands.export"),
     "import": Command("turn a checkpoint of torchvision, SMP or VainF into one of ours", "seg_attn.commands.importing"),
     "data": Command("make the sample data, fetch VOC, check a data set", "seg_attn.commands.data"),
     "benchmark": Command("ours against peers doing the same work", "seg_attn.commands.benchmark"),

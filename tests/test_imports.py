@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "checkpoint": {"data", "errors", "models"},
     "task": {"checkpoint", "errors", "losses", "metrics", "models", "resume"},
     "predict": {"checkpoint", "data", "draw", "errors", "models"},
+    "export": {"checkpoint", "errors", "models"},
     "callbacks": {"draw", "task"},
     "training": {"callbacks", "checkpoint", "data", "errors", "models", "report", "task"},
 }
