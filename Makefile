@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)
-	rm -rf $(DEMO)/runs $(DEMO)/predictions
+	rm -rf $(DEMO)/runs $(DEMO)/predictions $(DEMO)/compare
 	$(BIN)/seg-attn data sample $(DEMO)/data
 	$(BIN)/seg-attn fit --config configs/sample.yaml --data.root $(DEMO)/data --trainer.default_root_dir $(DEMO)/runs
 	$(BIN)/seg-attn test --config configs/sample.yaml --data.root $(DEMO)/data --trainer.default_root_dir $(DEMO)/runs \
@@ -27,7 +27,9 @@ demo: $(INSTALLED)
 		< $(DEMO)/data/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt \
 		| xargs $(BIN)/seg-attn predict --ckpt_path $(DEMO)/runs/fit/version_0/checkpoints/best.ckpt \
 		--save mask,overlay --output $(DEMO)/predictions --input
-	@echo "masks and overlays: $(DEMO)/predictions, label next to prediction per epoch: $(DEMO)/runs/fit/version_0/panels"
+	$(BIN)/seg-attn compare --config configs/sample.yaml --data.root $(DEMO)/data --output_stride 8 16 --baseline 16 \
+		--ckpt_path $(DEMO)/runs/fit/version_0/checkpoints/best.ckpt --output $(DEMO)/compare
+	@echo "masks and overlays: $(DEMO)/predictions, label next to prediction per epoch: $(DEMO)/runs/fit/version_0/panels, comparison: $(DEMO)/compare/compare.html"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -49,6 +49,11 @@ COMMANDS = {
         "mIoU and per-class table on the test split, also as JSON and CSV", "seg_attn.training", plain=False
     ),
     "predict": Command("masks for photographs, from a checkpoint alone", "seg_attn.commands.predict"),
+    "compare": Command(
+        "checkpoints, output strides and settings side by side, with intervals",
+        "seg_attn.commands.compare",
+        plain=False,
+    ),
     "explain": Command("what attention and fusion look at, drawn over the photograph", "seg_attn.commands.explain"),
     "variants": Command(
         "train a recipe with each block and fusion, and compare", "seg_attn.commands.variants", plain=False
@@ -99,6 +104,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}{_closest(name)}; `seg-attn --help` lists them")
     _one_line_warnings()
+    _show_log()
     command = COMMANDS[name]
     if not command.plain:
         return int(_run(command)(arguments) or 0)
@@ -145,6 +151,19 @@ def _one_line_warnings() -> None:
         print(f"warning: {_one_line(str(message))}", file=sys.stderr)
 
     warnings.showwarning = show
+
+
+def _show_log() -> None:
+    """Print what the package has to say, such as which pretrained weights it found, to stderr."""
+    import logging
+
+    class Stderr(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(self.format(record), file=sys.stderr)
+
+    log = logging.getLogger("seg_attn")
+    log.setLevel(logging.INFO)
+    log.handlers = [Stderr()]
 
 
 def _one_line(text: str) -> str:

@@ -3,35 +3,59 @@
 Decoding, normalisation and the step from logits to classes are those of `test`, so that both agree to the pixel.
 """
 
-import glob
-import io
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from PIL import Image
 
 from seg_attn.checkpoint import DataInfo, load_checkpoint
-from seg_attn.data.images import ImageSource, UInt8Array, normalize, read_image, write_bytes, write_mask
-from seg_attn.draw import overlay
+from seg_attn.data.images import ImageSource, UInt8Array, read_image
+from seg_attn.data.progress import Progress
 from seg_attn.errors import InputError
 from seg_attn.models.deeplabv3 import DeepLabV3
+from seg_attn.models.inference import optimized
+from seg_attn.prediction.inference import Float32Array, Inference, Strip
+from seg_attn.prediction.inputs import MAX_PIXELS, Source, find_images, pixels_of
+from seg_attn.prediction.outputs import OUTPUTS, Outputs, check_targets, remove_leftovers
+from seg_attn.prediction.settings import Settings
+from seg_attn.prediction.stream import Advance, Outcome, Stream, pillow_without_limit
+from seg_attn.prediction.summary import Summary
 
-OUTPUTS = ("mask", "overlay", "probability")
+__all__ = ["OUTPUTS", "Outcome", "Plan", "Predictor", "find_images", "plan_files", "predict_files"]
+
+EXISTING = ("error", "overwrite", "skip")
 
 
 class Predictor:
     """Predicts masks with a trained model.
 
+    Several threads may use one predictor: it keeps no state between calls.
+
     Args:
         model: The network; it is put into eval mode and onto `device`.
         data: Class names, palette, and what images are normalised with.
         device: Where the network runs, for example "cpu" or "cuda"; "auto" takes a GPU where there is one.
+        scales: Factors that images are resized by; class probabilities are averaged over them.
+        flip: Average over each image and its mirror image too.
+        tile: Side of the tiles that a larger image is cut into; None predicts every image whole.
+        overlap: Pixels that neighbouring tiles share at least; None is a quarter of a tile.
+        precision: "float32", or "bfloat16": half the memory, and faster where the device has instructions for it; masks
+            differ a little.
+        optimize: Run an equivalent network that is faster: batch normalisation folded into convolutions, and those
+            computed by minimal filtering. Logits differ by rounding, so that of a million pixels a few may fall to
+            another class than in `test`. Implied by "bfloat16".
+
+    Attributes:
+        model: The network that was given.
+        data: As given.
+        settings: Scales, flip, tiles and precision.
+
+    Raises:
+        ValueError: For a setting out of its range.
 
     Examples:
         >>> predictor = Predictor(DeepLabV3("resnet18", num_classes=3), DataInfo.default(3), device="cpu")
@@ -40,14 +64,40 @@ class Predictor:
         ((40, 60), dtype('uint8'))
     """
 
-    def __init__(self, model: DeepLabV3, data: DataInfo, device: str | torch.device = "auto") -> None:
+    def __init__(
+        self,
+        model: DeepLabV3,
+        data: DataInfo,
+        device: str | torch.device = "auto",
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        tile: int | None = None,
+        overlap: int | None = None,
+        precision: str = "float32",
+        optimize: bool = False,
+    ) -> None:
+        self.settings = Settings(tuple(scales), flip, tile, overlap, precision)
         self.device = torch.device(_default_device() if device == "auto" else device)
         self.model = model.eval().to(self.device)
         self.data = data
+        dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else torch.float32
+        network = optimized(self.model, dtype) if optimize or dtype is not torch.float32 else self.model
+        self.inference = Inference(network, data.mean, data.std, self.settings, self.device, dtype)
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | PathLike[str], output_stride: int | None = None, device: str | torch.device = "auto"
+        cls,
+        path: str | PathLike[str],
+        output_stride: int | None = None,
+        device: str | torch.device = "auto",
+        *,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        tile: int | None = None,
+        overlap: int | None = None,
+        precision: str = "float32",
+        optimize: bool = False,
     ) -> Self:
         """Rebuild a model from its checkpoint, which is all that is needed.
 
@@ -55,17 +105,29 @@ class Predictor:
             path: A checkpoint of `fit` or `import`.
             output_stride: 8, 16 or 32; None is that of the training.
             device: Where the network runs.
+            scales: See `Predictor`.
+            flip: See `Predictor`.
+            tile: See `Predictor`.
+            overlap: See `Predictor`.
+            precision: See `Predictor`.
+            optimize: See `Predictor`.
 
         Raises:
             InputError: If the file is missing or is not such a checkpoint.
-            ValueError: If `output_stride` is not 8, 16 or 32.
+            ValueError: If `output_stride` is not 8, 16 or 32, or a setting is out of its range.
         """
         checkpoint = load_checkpoint(path)
-        return cls(checkpoint.build_model(output_stride), checkpoint.data, device)
-
-    def probabilities(self, image: ImageSource) -> np.ndarray[tuple[int, int, int], np.dtype[np.float32]]:
-        """Return class probabilities, float32 (num_classes, H, W), of one image."""
-        return self._logits(read_image(image)).softmax(dim=1)[0].float().cpu().numpy()
+        return cls(
+            checkpoint.build_model(output_stride),
+            checkpoint.data,
+            device,
+            scales=scales,
+            flip=flip,
+            tile=tile,
+            overlap=overlap,
+            precision=precision,
+            optimize=optimize,
+        )
 
     def __call__(self, image: ImageSource) -> UInt8Array:
         """Predict one image.
@@ -79,108 +141,233 @@ class Predictor:
         Raises:
             InputError: If the image cannot be read.
         """
-        return self._classes(self._logits(read_image(image)))
+        return np.concatenate([strip.classes for strip in self.inference.strips(read_image(image))])
 
-    @torch.inference_mode()
-    def _logits(self, image: UInt8Array) -> torch.Tensor:
-        images = normalize(image, self.data.mean, self.data.std)[None].to(self.device)
-        logits: torch.Tensor = self.model(images)
-        return logits
+    def batch(self, images: Sequence[ImageSource], batch_size: int = 8) -> list[UInt8Array]:
+        """Predict images of any sizes; those of one size go through the network together.
 
-    @staticmethod
-    def _classes(logits: torch.Tensor) -> UInt8Array:
-        return logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
-
-    def write(self, source: Path, folder: Path, outputs: Sequence[str]) -> list[Path]:
-        """Predict one file and write what is asked for into a folder, each file whole or not at all.
+        Args:
+            images: As `__call__` takes them.
+            batch_size: Images in one batch at most. At 1 the masks are those of `__call__` and `test` to the pixel;
+                otherwise logits differ by rounding.
 
         Returns:
-            The files written.
+            A mask per image, in their order: class indices, uint8 (H, W).
+
+        Raises:
+            InputError: If an image cannot be read.
+            ValueError: If `batch_size` is not positive.
         """
-        image = read_image(source)
-        logits = self._logits(image)
-        mask = self._classes(logits)
-        written = []
-        if "mask" in outputs:
-            written.append(folder / f"{source.stem}.png")
-            write_mask(written[-1], mask, self.data.palette)
-        if "overlay" in outputs:
-            written.append(folder / f"{source.stem}_overlay.png")
-            buffer = io.BytesIO()
-            Image.fromarray(overlay(image, mask, self.data.palette)).save(buffer, "PNG")
-            write_bytes(written[-1], buffer.getvalue())
-        if "probability" in outputs:
-            written.append(folder / f"{source.stem}_probability.npz")
-            buffer = io.BytesIO()
-            probability = logits.softmax(dim=1)[0].float().cpu().numpy()
-            np.savez_compressed(buffer, probability=probability, class_names=np.array(self.data.class_names))
-            write_bytes(written[-1], buffer.getvalue())
-        return written
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        arrays = [read_image(image) for image in images]
+        masks: dict[int, UInt8Array] = {}
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for index, array in enumerate(arrays):
+            by_size.setdefault(array.shape, []).append(index)
+        for (height, width, _), indices in by_size.items():
+            if self.settings.is_tiled(height, width):
+                masks |= {index: self(arrays[index]) for index in indices}
+                continue
+            for first in range(0, len(indices), batch_size):
+                together = indices[first : first + batch_size]
+                strips = self.inference.whole([arrays[index] for index in together])
+                masks |= {index: strip.classes for index, strip in zip(together, strips, strict=True)}
+        return [masks[index] for index in range(len(arrays))]
+
+    def probabilities(self, image: ImageSource) -> Float32Array:
+        """Return class probabilities, float32 (num_classes, H, W), of one image.
+
+        Raises:
+            InputError: If the image cannot be read.
+        """
+        strips = self.inference.strips(read_image(image), probabilities=True)
+        return np.concatenate([_present(strip) for strip in strips], axis=1)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one input: the files written, or the reason why there are none."""
+class Plan:
+    """What is to be predicted and what was there before; checked, nothing written yet.
 
-    source: Path
-    written: list[Path]
-    error: str | None = None
+    Attributes:
+        outputs: What is written where.
+        sources: Every input.
+        skipped: Those whose outputs exist and are left as they are.
+    """
+
+    outputs: Outputs
+    sources: Sequence[Source]
+    skipped: frozenset[Source]
+
+    @property
+    def remaining(self) -> list[Source]:
+        """The inputs to predict, in order."""
+        return [source for source in self.sources if source not in self.skipped]
+
+
+def plan_files(sources: Sequence[Source], outputs: Outputs, existing: str = "error") -> Plan:
+    """Check inputs against outputs before any work.
+
+    Args:
+        sources: The inputs.
+        outputs: What is written where.
+        existing: What to do where an output exists: "error", "overwrite" or "skip" (an input of which all exist).
+
+    Raises:
+        InputError: If two inputs would write one file, an output would replace an input, or an output exists and
+            `existing` is "error".
+        ValueError: If `existing` is something else.
+    """
+    if existing not in EXISTING:
+        raise ValueError(f"existing must be one of {', '.join(EXISTING)}, got {existing!r}")
+    check_targets(outputs, sources)
+    if existing == "overwrite" or not outputs.folder.exists():
+        return Plan(outputs, sources, frozenset())
+    if existing == "skip":
+        done = frozenset(source for source in sources if all(file.is_file() for file in outputs.files(source)))
+        return Plan(outputs, sources, done)
+    for source in sources:
+        for file in outputs.files(source):
+            if file.exists():
+                raise InputError(
+                    f"{file} exists: --skip_existing goes on after a stop, --overwrite predicts again, or name another "
+                    "--output folder"
+                )
+    return Plan(outputs, sources, frozenset())
 
 
 def predict_files(
-    predictor: Predictor, sources: Sequence[Path], folder: Path, outputs: Sequence[str] = ("mask",)
+    predictor: Predictor,
+    sources: Sequence[Path | Source],
+    folder: Path,
+    outputs: Sequence[str] = ("mask",),
+    *,
+    probability: str = "npz",
+    batch_size: int = 1,
+    existing: str = "error",
+    max_pixels: int = MAX_PIXELS,
+    summary: bool = False,
+    advance: Advance | None = None,
 ) -> Iterator[Outcome]:
-    """Predict files one by one; a file that cannot be read is reported and the others go on.
+    """Predict files; one that cannot be read is reported and the others go on.
+
+    Reading, the network and writing overlap. Every file appears whole or not at all.
+
+    Args:
+        predictor: The predictor.
+        sources: Files, or what `seg_attn.prediction.inputs.find_sources` lists.
+        folder: The output folder.
+        outputs: Of `OUTPUTS`.
+        probability: How probabilities are written: "npz", "png" or "tif".
+        batch_size: Images of one size per batch. At 1 masks are those of `test` to the pixel.
+        existing: What to do where an output exists: "error", "overwrite" or "skip".
+        max_pixels: An image with more is refused.
+        summary: Write `summary.csv`.
+        advance: Told the number of tiles done (an image predicted whole is one), each time some are.
+
+    Returns:
+        An iterator of what became of each source, in their order; the work is done as it is drawn from.
 
     Raises:
-        InputError: If two inputs would write the same file; before anything is written.
+        InputError: Before anything is written: see `plan_files`.
     """
-    seen: dict[str, Path] = {}
-    for source in sources:
-        if source.stem in seen:
-            raise InputError(
-                f"{seen[source.stem]} and {source} would both become {source.stem}.png: rename one of them"
-            )
-        seen[source.stem] = source
-    folder.mkdir(parents=True, exist_ok=True)
-    return _predict_files(predictor, sources, folder, outputs)
+    named = [source if isinstance(source, Source) else Source(source, Path(source.stem)) for source in sources]
+    plan = plan_files(named, Outputs(folder, tuple(outputs), probability, predictor.data), existing)
+    if summary:
+        Summary(folder, predictor.data.class_names).check()
+    return _outcomes(predictor, plan, batch_size, max_pixels, summary, advance)
 
 
-def _predict_files(
-    predictor: Predictor, sources: Sequence[Path], folder: Path, outputs: Sequence[str]
+def _outcomes(
+    predictor: Predictor, plan: Plan, batch_size: int, max_pixels: int, summary: bool, advance: Advance | None
 ) -> Iterator[Outcome]:
-    for source in sources:
-        try:
-            yield Outcome(source, predictor.write(source, folder, outputs))
-        except InputError as error:
-            yield Outcome(source, [], str(error))
-
-
-def find_images(inputs: Sequence[str | PathLike[str]]) -> list[Path]:
-    """List the images that files, folders and glob patterns name, each once, in order.
-
-    Raises:
-        InputError: If an input names nothing, or a folder holds no image.
-    """
-    found: dict[Path, None] = {}
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.is_file() and _is_image_name(file))
-            if not files:
-                raise InputError(f"no image in folder {path}")
-        elif path.exists():
-            files = [path]
+    table = start_folder(plan, summary)
+    running = Stream(predictor.inference, plan.outputs, batch_size, max_pixels, table, advance)(plan.remaining)
+    for source in plan.sources:
+        if source in plan.skipped:
+            yield Outcome(source.path, plan.outputs.files(source), skipped=True)
         else:
-            files = sorted(Path(name) for name in glob.glob(str(given), recursive=True) if os.path.isfile(name))
-            if not files:
-                raise InputError(f"no such file, folder or pattern: {given}")
-        found |= dict.fromkeys(files)
-    return list(found)
+            yield next(running)
+    yield from running  # nothing is left of it but its end
+    if table is not None:
+        table.finish()
 
 
-def _is_image_name(path: Path) -> bool:
-    return not path.name.startswith(".") and path.suffix.lower() in Image.registered_extensions()
+@dataclass(frozen=True)
+class Work:
+    """How the command line asks for predictions, in plain values that another process can be given.
+
+    Attributes:
+        checkpoint: The checkpoint's path.
+        output_stride: Of the model, or None for its own.
+        device: Where the network runs.
+        settings: Scales, flip, tiles, precision.
+        optimize: See `Predictor`.
+        batch_size: Images of one size, or tiles, per batch.
+        max_pixels: An image with more is refused.
+    """
+
+    checkpoint: str
+    output_stride: int | None
+    device: str
+    settings: Settings
+    optimize: bool
+    batch_size: int
+    max_pixels: int
+
+    def predictor(self, device: str | torch.device | None = None) -> Predictor:
+        """Rebuild the predictor, on another device if one is given."""
+        how = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
+        return Predictor.from_checkpoint(
+            self.checkpoint, self.output_stride, device or self.device, **how, optimize=self.optimize
+        )
+
+
+def predict_plan(work: Work, predictor: Predictor, plan: Plan) -> list[Outcome]:
+    """Predict what a plan holds in this process, show how far it is, and write the summary."""
+    table = start_folder(plan, summary=True)
+    outcomes = predict_share(work, predictor, plan, plan.remaining, table)
+    if table is not None:
+        table.finish()
+    done = iter(outcomes)
+    return [
+        Outcome(source.path, plan.outputs.files(source), skipped=True) if source in plan.skipped else next(done)
+        for source in plan.sources
+    ]
+
+
+def predict_share(
+    work: Work, predictor: Predictor, plan: Plan, share: Sequence[Source], table: Summary | None
+) -> list[Outcome]:
+    """Predict some of a plan's sources and show how far it is."""
+    with pillow_without_limit():
+        total = sum(_tiles_of(source, work.settings) for source in share)
+        label = "predicting images" if total == len(share) else "predicting tiles"
+        with Progress(label, total) as progress:
+            stream = Stream(
+                predictor.inference, plan.outputs, work.batch_size, work.max_pixels, table, progress.advance
+            )
+            return list(stream(share))
+
+
+def _tiles_of(source: Source, settings: Settings) -> int:
+    if settings.tile is None or source.frame is not None:
+        return 1
+    size = pixels_of(source.path)
+    return settings.number_of_tiles(*size) if size else 1
+
+
+def start_folder(plan: Plan, summary: bool) -> Summary | None:
+    """Make the output folder, remove what killed processes left in it, and open its summary if there is one."""
+    plan.outputs.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers({file.parent for source in plan.sources for file in plan.outputs.files(source)})
+    remove_leftovers([plan.outputs.folder])
+    return Summary(plan.outputs.folder, plan.outputs.data.class_names) if summary else None
+
+
+def _present(strip: Strip) -> Float32Array:
+    assert strip.probabilities is not None
+    return strip.probabilities
 
 
 def _default_device() -> str:

@@ -131,7 +131,9 @@ class TrainingCLI(LightningCLI):
         callbacks.append(StopOnSignal())
         if config.get("logger") is not False:
             callbacks += [LearningRateMonitor("step"), Panels()]
-        if config.get("enable_checkpointing") is not False and not any(isinstance(c, ModelCheckpoint) for c in given):
+        # With `fast_dev_run` Lightning's own callback would still write `last.ckpt`, into the working folder.
+        saves = config.get("enable_checkpointing") is not False and not config.get("fast_dev_run")
+        if saves and not any(isinstance(c, ModelCheckpoint) for c in given):
             callbacks.append(
                 ModelCheckpoint(
                     monitor="val/miou", mode="max", filename="best", save_last=True, auto_insert_metric_name=False
@@ -149,7 +151,8 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what was reached and where it is."""
-        print(f"run: {self.trainer.log_dir}")
+        if not self.trainer.fast_dev_run:
+            print(f"run: {self.trainer.log_dir}")
         saver = self.trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.best_model_path:
             print(f"best checkpoint: {saver.best_model_path} (val/miou {float(saver.best_model_score or 0):.4f})")

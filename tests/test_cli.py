@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torchvision.models import resnet18
 
 from seg_attn.cli import main
 from seg_attn.data.images import read_mask
@@ -214,7 +215,8 @@ def test_a_corrupt_image_among_ten(checkpoint, devkit, capsys, tmp_path):
     arguments = ["predict", "--ckpt_path", checkpoint, "--input", tmp_path, "--output", tmp_path / "out"]
     line = _error(capsys, arguments, code=1)
     assert "4.jpg" in line
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{i}.png" for i in range(10) if i != 4]
+    masks = [f"{i}.png" for i in range(10) if i != 4]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*masks, "summary.csv"]
     assert read_mask(tmp_path / "out" / "0.png").shape == (48, 64)
 
 
@@ -230,6 +232,16 @@ def test_imagenet_weights_offline_are_one_line(config, capsys, tmp_path, monkeyp
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
     line = _error(capsys, ["fit", "--config", config, "--model.backbone_weights", "imagenet"])
     assert "set backbone_weights to null" in line
+
+
+def test_what_was_loaded_is_said(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "mine.pth"
+    torch.save(resnet18(weights=None).state_dict(), path)
+    arguments = ["fit", "--config", config, "--model.backbone_weights", path, "--trainer.fast_dev_run", "true"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert f"backbone_weights: 120 tensors of resnet18 from {path}" in capsys.readouterr().err.splitlines()
+    assert list(tmp_path.iterdir()) == [path], "a dry run leaves nothing behind"
 
 
 def test_a_checkpoint_from_imagenet_weights_needs_no_network(

@@ -1,0 +1,692 @@
+"""Settings side by side on one data set: checkpoints, output strides, scales, flip, tiles, precisions, peers' masks.
+
+One pass per setting keeps one confusion matrix per image. Everything else follows from them: mean IoU as `test` counts
+it, and for every difference to the baseline row an interval over images (`seg_attn.statistics`). Predictions come from
+`Predictor`, so that a row equals both `test` at its output stride and the masks of `predict`.
+"""
+
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from seg_attn.boundaries import boundary_counts
+from seg_attn.checkpoint import Checkpoint, load_checkpoint
+from seg_attn.data.datamodules import SegmentationDataModule
+from seg_attn.data.dataset import EvalBatches, SegmentationDataset
+from seg_attn.data.images import VOID, UInt8Array
+from seg_attn.data.labels import LabelReader
+from seg_attn.data.progress import Progress
+from seg_attn.errors import InputError
+from seg_attn.memory import peak_memory
+from seg_attn.metrics import iou_from_confusion
+from seg_attn.models.deeplabv3 import DeepLabV3
+from seg_attn.models.pretrained import read_torch_file
+from seg_attn.predict import Predictor
+from seg_attn.report import percent, signed
+from seg_attn.statistics import REPLICATES, Counts, Difference, Int64Array, paired_difference, verdict
+
+MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
+FULL_PRECISION = "float32"
+
+Warn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a checkpoint is run, besides its output stride.
+
+    Attributes:
+        scales: Scales whose probabilities are averaged.
+        flip: Whether the mirrored image is averaged too.
+        tile: Side of the tiles; None predicts whole images.
+        overlap: Pixels that tiles share; None leaves it to the predictor.
+        precision: "float32" or "bfloat16".
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    tile: int | None = None
+    overlap: int | None = None
+    precision: str = FULL_PRECISION
+
+    @property
+    def label(self) -> str:
+        """What sets it apart from plain prediction; empty for that itself.
+
+        Examples:
+            >>> Mode().label, Mode(scales=(0.75, 1.0), flip=True).label
+            ('', 'scales 0.75 1 + flip')
+        """
+        parts = []
+        if self.scales != (1.0,):
+            parts.append(f"scales {' '.join(f'{scale:g}' for scale in self.scales)}")
+        if self.flip:
+            parts.append("flip")
+        if self.tile is not None:
+            parts.append(f"tile {self.tile}" + ("" if self.overlap is None else f" overlap {self.overlap}"))
+        if self.precision != FULL_PRECISION:
+            parts.append(self.precision)
+        return " + ".join(parts)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `Predictor.from_checkpoint` that differ from its defaults."""
+        return {name: value for name, value in vars(self).items() if value != getattr(_PLAIN, name)}
+
+
+_PLAIN = Mode()
+
+
+def modes(
+    scales: Sequence[float] | None = None,
+    flip: bool = False,
+    tile: int | None = None,
+    overlap: int | None = None,
+    precisions: Sequence[str] = (),
+) -> list[Mode]:
+    """List the modes that every checkpoint and output stride is run in.
+
+    Plain prediction always; then one for each argument given; scales and flip also together. Nothing else is combined.
+
+    Examples:
+        >>> [mode.label for mode in modes(scales=(0.5, 1.0), flip=True, precisions=["bfloat16"])]
+        ['', 'scales 0.5 1', 'flip', 'scales 0.5 1 + flip', 'bfloat16']
+    """
+    found = [_PLAIN]
+    if scales is not None:
+        found.append(Mode(scales=tuple(scales)))
+    if flip:
+        found.append(Mode(flip=True))
+    if scales is not None and flip:
+        found.append(Mode(scales=tuple(scales), flip=True))
+    if tile is not None:
+        found.append(Mode(tile=tile, overlap=overlap))
+    found += [Mode(precision=precision) for precision in precisions]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of a comparison.
+
+    Attributes:
+        name: What the row is called, such as "8" or "seed_1 at 8, flip"; all rows' names differ.
+        checkpoint: What predicts; None where masks are read.
+        output_stride: At which it predicts.
+        mode: How it predicts.
+        predictions: Folder of masks made elsewhere; None where a checkpoint predicts.
+    """
+
+    name: str
+    checkpoint: Checkpoint | None = None
+    output_stride: int | None = None
+    mode: Mode = _PLAIN
+    predictions: Path | None = None
+
+    def arguments(self, device: str) -> dict[str, Any]:
+        """The arguments of `Predictor.from_checkpoint` besides the path."""
+        return {"output_stride": self.output_stride, "device": device, **self.mode.arguments}
+
+
+def settings(
+    checkpoints: Sequence[Path],
+    output_strides: Sequence[int] = (),
+    chosen_modes: Sequence[Mode] = (_PLAIN,),
+    predictions: Sequence[Path] = (),
+) -> list[Setting]:
+    """List checkpoints × output strides × modes, and then the folders of masks, each with a name of its own.
+
+    Args:
+        checkpoints: Files of `fit` or `import`.
+        output_strides: 8, 16 or 32; none means each checkpoint's own.
+        chosen_modes: See `modes`.
+        predictions: Folders of masks.
+
+    Raises:
+        InputError: If nothing is to be compared, something is named twice, or a checkpoint cannot be read.
+    """
+    for argument, given in (("--ckpt_path", checkpoints), ("--predictions", predictions)):
+        resolved = [path.resolve() for path in given]
+        if twice := [path for path in given if resolved.count(path.resolve()) > 1]:
+            raise InputError(f"{argument} names {twice[0]} twice: leave one of them out")
+    if len(set(output_strides)) < len(output_strides):
+        raise InputError(f"--output_stride names one twice: {' '.join(map(str, output_strides))}; leave it out")
+    if bad := [stride for stride in output_strides if stride not in (8, 16, 32)]:
+        raise InputError(f"--output_stride takes 8, 16 and 32, got {bad[0]}")
+    if not checkpoints and not predictions:
+        raise InputError("nothing to compare: name checkpoints with --ckpt_path or folders of masks with --predictions")
+    found = []
+    for short, path in zip(short_names(checkpoints), checkpoints, strict=True):
+        checkpoint = load_checkpoint(path)
+        for stride in output_strides or [int(checkpoint.hyper_parameters.get("output_stride", 16))]:
+            for mode in chosen_modes:
+                name = f"{stride}, {mode.label}" if mode.label else str(stride)
+                if len(checkpoints) > 1:
+                    name = f"{short} at {name}"
+                found.append(Setting(name, checkpoint, stride, mode))
+    for short, folder in zip(short_names(predictions), predictions, strict=True):
+        if not folder.is_dir():
+            raise InputError(f"--predictions {folder}: no such folder; name one that holds masks")
+        found.append(Setting(f"masks in {short}", predictions=folder))
+    return found
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Name paths by what sets them apart: the parts that they do not share at either end.
+
+    Examples:
+        >>> short_names([Path("runs/fit/version_0/best.ckpt"), Path("runs/fit/version_1/best.ckpt")])
+        ['version_0', 'version_1']
+        >>> short_names([Path("a/b.ckpt")]), short_names([Path("x/a.ckpt"), Path("x/y/a.ckpt")])
+        (['b'], ['a', 'y/a'])
+    """
+    parts = [(*path.parts[:-1], path.stem if path.is_file() or path.suffix == ".ckpt" else path.name) for path in paths]
+    if len(parts) < 2:
+        return [names[-1] for names in parts]
+    shortest = min(map(len, parts))
+    start, end = 0, 0
+    while start < shortest - 1 and len({names[start] for names in parts}) == 1:
+        start += 1
+    while end < shortest - start - 1 and len({names[-1 - end] for names in parts}) == 1:
+        end += 1
+    return ["/".join(names[start : len(names) - end]) for names in parts]
+
+
+@dataclass
+class Row:
+    """What a setting came to.
+
+    Attributes:
+        setting: Which one.
+        confusion: One matrix per image, int64 (N, C, C) [image, target, prediction].
+        boundary: Boundary pixels, per image and class.
+        device: Where it ran, "cpu" or "cuda:0"; None for masks made elsewhere.
+        images_per_s: Images per second of normalising, network and classes, over the whole pass; without decoding.
+        latency_ms: Milliseconds of one batch (one image by default), median.
+        peak_memory_bytes: On the CPU resident memory of a process of its own, on a GPU what the setting took there.
+        gflops: Of one image of `gflops_size`, two per multiply-add.
+        gflops_size: Height and width of the set's image of median area.
+        parameters: Of the network, without an auxiliary head.
+        masks: Every image's prediction, packed; see `unpack`.
+    """
+
+    setting: Setting
+    confusion: Int64Array
+    boundary: Counts
+    device: str | None = None
+    images_per_s: float | None = None
+    latency_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    gflops: float | None = None
+    gflops_size: tuple[int, int] | None = None
+    parameters: int | None = None
+    masks: list[bytes] = field(default_factory=list)
+
+    @property
+    def total(self) -> Int64Array:
+        """The whole set's confusion matrix, int64 (C, C)."""
+        total: Int64Array = self.confusion.sum(axis=0)
+        return total
+
+    @property
+    def per_class(self) -> list[float]:
+        """IoU of every class; NaN for one that occurs nowhere."""
+        values: list[float] = iou_from_confusion(torch.from_numpy(self.total)).tolist()
+        return values
+
+    @property
+    def miou(self) -> float:
+        """Mean IoU, the same operations as `test`'s."""
+        return float(iou_from_confusion(torch.from_numpy(self.total)).nanmean())
+
+
+@dataclass
+class Comparison:
+    """Rows, and what they differ by.
+
+    Attributes:
+        rows: One per setting.
+        baseline: Position of the row that the others are compared to.
+        class_names: One name per class.
+        palette: RGB per class.
+        dataset: The images and labels; in the order of the rows' counts.
+        differences: Mean IoU against the baseline, per row.
+        boundary_differences: Boundary mIoU likewise.
+        seed: Seed of the draws of images.
+    """
+
+    rows: list[Row]
+    baseline: int
+    class_names: list[str]
+    palette: list[list[int]]
+    dataset: SegmentationDataset
+    differences: list[Difference]
+    boundary_differences: list[Difference]
+    seed: int
+
+    @property
+    def images(self) -> int:
+        """How many images."""
+        return len(self.dataset)
+
+    def verdicts(self) -> list[str]:
+        """One sentence per row but the baseline's: what its difference shows."""
+        return [self.verdict(index) for index in range(len(self.rows)) if index != self.baseline]
+
+    def verdict(self, index: int) -> str:
+        """Say what a row's difference shows."""
+        setting, baseline = self.rows[index].setting, self.rows[self.baseline].setting
+        same = setting.checkpoint is not None and setting.checkpoint is baseline.checkpoint
+        return verdict(
+            self.differences[index], setting.name, baseline.name, "this checkpoint" if same else "these predictions"
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the rows as plain values: fractions in full precision, None where unknown or undefined."""
+        seeds = self._seeds()
+        return [self._record(index, row, seeds[index]) for index, row in enumerate(self.rows)]
+
+    def _record(self, index: int, row: Row, seeds: dict[str, Any] | None) -> dict[str, Any]:
+        setting, difference = row.setting, self.differences[index]
+        boundary = self.boundary_differences[index]
+        return {
+            "name": setting.name,
+            "checkpoint": None if setting.checkpoint is None else str(setting.checkpoint.path),
+            "predictions": None if setting.predictions is None else str(setting.predictions),
+            "output_stride": setting.output_stride,
+            "scales": list(setting.mode.scales) if setting.checkpoint else None,
+            "flip": setting.mode.flip if setting.checkpoint else None,
+            "tile": setting.mode.tile,
+            "overlap": setting.mode.overlap,
+            "precision": setting.mode.precision if setting.checkpoint else None,
+            "device": row.device,
+            "images": self.images,
+            "miou": _known(row.miou),
+            "per_class": self._by_name(row.per_class),
+            "boundary_miou": _known(row.boundary.miou),
+            "boundary_per_class": self._by_name(row.boundary.iou.tolist()),
+            "baseline": index == self.baseline,
+            "difference": _known(difference.value),
+            "ci95": [_known(end) for end in difference.interval],
+            "per_class_difference": self._by_name(difference.per_class.tolist()),
+            "per_class_ci95": {
+                name: [_known(end) for end in ends]
+                for name, ends in zip(self.class_names, difference.per_class_interval.tolist(), strict=True)
+            },
+            "boundary_difference": _known(boundary.value),
+            "boundary_ci95": [_known(end) for end in boundary.interval],
+            "verdict": None if index == self.baseline else self.verdict(index),
+            "seeds": seeds,
+            "images_per_s": row.images_per_s,
+            "latency_ms": row.latency_ms,
+            "peak_memory_bytes": row.peak_memory_bytes,
+            "gflops": row.gflops,
+            "gflops_size": None if row.gflops_size is None else list(row.gflops_size),
+            "parameters": row.parameters,
+            "confusion": row.total.tolist(),
+        }
+
+    def _by_name(self, values: Sequence[float]) -> dict[str, float | None]:
+        return {name: _known(value) for name, value in zip(self.class_names, values, strict=True)}
+
+    def _seeds(self) -> list[dict[str, Any] | None]:
+        """For each row, mean and deviation over the checkpoints that are seeds of one recipe in one setting."""
+        recipes = _recipes([row.setting.checkpoint for row in self.rows])
+        keys = [
+            None if recipe is None else (recipe, row.setting.output_stride, row.setting.mode)
+            for recipe, row in zip(recipes, self.rows, strict=True)
+        ]
+        found: list[dict[str, Any] | None] = []
+        for key in keys:
+            members = [row for row, other in zip(self.rows, keys, strict=True) if key is not None and other == key]
+            found.append(self._over_seeds(members, keys[self.baseline]) if len(members) > 1 else None)
+        return found
+
+    def _over_seeds(self, members: Sequence[Row], baseline_key: tuple[Any, ...] | None) -> dict[str, Any]:
+        mious = [row.miou for row in members]
+        baseline = self.rows[self.baseline].setting
+        # The same checkpoints in the baseline's setting, one for one.
+        partners = {
+            id(row.setting.checkpoint): row.miou
+            for row in self.rows
+            if baseline_key is not None
+            and row.setting.checkpoint is not None
+            and (row.setting.output_stride, row.setting.mode) == (baseline.output_stride, baseline.mode)
+        }
+        pairs = [
+            row.miou - partners[id(row.setting.checkpoint)] for row in members if id(row.setting.checkpoint) in partners
+        ]
+        same = (members[0].setting.output_stride, members[0].setting.mode) == (baseline.output_stride, baseline.mode)
+        paired = len(pairs) == len(members) and not same
+        return {
+            "checkpoints": len(members),
+            "miou_mean": statistics.fmean(mious),
+            "miou_std": statistics.stdev(mious),
+            "compared_to": baseline.name.rpartition(" at ")[2] if paired else None,
+            "difference_mean": statistics.fmean(pairs) if paired else None,
+            "difference_std": statistics.stdev(pairs) if paired else None,
+        }
+
+    def disagreement(self) -> list[float]:
+        """For each image, the share of labelled pixels on which the rows differ; for one row, of those it has wrong."""
+        shares = []
+        for index in range(self.images):
+            _, target = self.dataset.load(index)
+            assert target is not None
+            masks = [unpack(row.masks[index], target.shape) for row in self.rows]
+            differs = np.zeros(target.shape, dtype=bool)
+            for mask in masks[1:]:
+                differs |= mask != masks[0]
+            if len(masks) == 1:
+                differs = masks[0] != target
+            labelled = target != VOID
+            shares.append(float(differs[labelled].mean()) if labelled.any() else 0.0)
+        return shares
+
+
+def seed_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One sentence for each setting that several training runs of one recipe were evaluated in.
+
+    Args:
+        records: See `Comparison.records`.
+    """
+    lines = []
+    for record in records:
+        if (seeds := record["seeds"]) is None:
+            continue
+        setting = str(record["name"]).rpartition(" at ")[2]
+        line = (
+            f"over {seeds['checkpoints']} training runs at {setting}: mIoU {percent(seeds['miou_mean'])} ± "
+            f"{percent(seeds['miou_std'])} (mean ± standard deviation)"
+        )
+        if seeds["difference_mean"] is not None:
+            line += f"; run by run against {seeds['compared_to']}: {signed(seeds['difference_mean'])} ± "
+            line += percent(seeds["difference_std"])
+        lines.append(line)
+    return list(dict.fromkeys(lines))
+
+
+def compare(
+    data: SegmentationDataModule,
+    chosen: Sequence[Setting],
+    baseline: str | None = None,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    replicates: int = REPLICATES,
+    warn: Warn = lambda _: None,
+) -> Comparison:
+    """Evaluate every setting on the data's test split.
+
+    Args:
+        data: Its test split is what is predicted.
+        chosen: The rows; see `settings`.
+        baseline: Name of the row that the others are compared to; None takes the first.
+        device: Where networks run.
+        seed: Seed of the draws of images.
+        replicates: Draws of images.
+        warn: Called with a line on what a reader should know.
+
+    Raises:
+        InputError: If a checkpoint's classes are not the data's, a mask is missing or wrong, or no row has that name.
+    """
+    names = [setting.name for setting in chosen]
+    if baseline is not None and baseline not in names:
+        raise InputError(f"--baseline {baseline!r} is no row; the rows are: {'; '.join(names)}")
+    data.prepare_data()
+    data.setup("test")
+    dataset = data.dataset(data.test_split)
+    for setting in chosen:
+        _check_classes(setting, data, warn)
+    sizes = _sizes(dataset)
+    rows = []
+    for number, setting in enumerate(chosen, start=1):
+        label = f"[{number}/{len(chosen)}] {setting.name}"
+        if setting.checkpoint is None:
+            rows.append(_read_masks(setting, dataset, data, label))
+        else:
+            rows.append(_predict(setting, setting.checkpoint, dataset, data, sizes, label, device, warn))
+    first = 0 if baseline is None else names.index(baseline)
+    counts = [Counts.of(row.confusion) for row in rows]
+    return Comparison(
+        rows=rows,
+        baseline=first,
+        class_names=list(data.class_names),
+        palette=[list(colour) for colour in data.palette],
+        dataset=dataset,
+        differences=[paired_difference(count, counts[first], replicates, seed) for count in counts],
+        boundary_differences=[paired_difference(row.boundary, rows[first].boundary, replicates, seed) for row in rows],
+        seed=seed,
+    )
+
+
+def confusion_matrix(target: UInt8Array, prediction: UInt8Array, num_classes: int) -> Int64Array:
+    """Count one image's labelled pixels, int64 (C, C) [target, prediction]; both are uint8 (H, W), 255 in `target`."""
+    labelled = target != VOID
+    pairs = target[labelled].astype(np.int64) * num_classes + prediction[labelled]
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes).astype(np.int64)
+
+
+def unpack(packed: bytes, shape: tuple[int, ...]) -> UInt8Array:
+    """Turn a row's packed mask into uint8 of its shape."""
+    return np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(shape)
+
+
+# --- one row ---------------------------------------------------------------------------------------------------------
+
+
+class _Counter:
+    """Collects what a row counts, image by image in any order."""
+
+    def __init__(self, images: int, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion = np.zeros((images, num_classes, num_classes), dtype=np.int64)
+        self.near = np.zeros((2, images, num_classes), dtype=np.int64)
+        self.masks = [b""] * images
+
+    def add(self, index: int, target: UInt8Array, prediction: UInt8Array) -> None:
+        self.confusion[index] = confusion_matrix(target, prediction, self.num_classes)
+        self.near[:, index] = boundary_counts(target, prediction, self.num_classes)
+        self.masks[index] = zlib.compress(np.ascontiguousarray(prediction).tobytes(), 1)
+
+    def row(self, setting: Setting, **figures: Any) -> Row:
+        return Row(setting, self.confusion, Counts(self.near[0], self.near[1]), masks=self.masks, **figures)
+
+
+def _predict(
+    setting: Setting,
+    checkpoint: Checkpoint,
+    dataset: SegmentationDataset,
+    data: SegmentationDataModule,
+    sizes: Sequence[tuple[int, int]],
+    label: str,
+    device: str,
+    warn: Warn,
+) -> Row:
+    arguments = setting.arguments(device)
+    predictor = Predictor.from_checkpoint(checkpoint.path, **arguments)
+    place = predictor.device
+    counter = _Counter(len(dataset), data.num_classes)
+    predictor(dataset.load(0)[0])  # the first one is slower than the others
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(place)
+    seconds = []
+    with Progress(label, len(dataset)) as progress:
+        for batch in EvalBatches(dataset, data.eval_batch_size).batches:
+            images, targets = zip(*_labelled(dataset, batch), strict=True)
+            start = time.perf_counter()
+            masks = [predictor(images[0])] if len(batch) == 1 else predictor.batch(images)
+            seconds.append(time.perf_counter() - start)
+            for index, target, mask in zip(batch, targets, masks, strict=True):
+                counter.add(index, target, mask)
+            progress.advance(len(batch))
+    areas = [height * width for height, width in sizes]
+    typical = sorted(range(len(areas)), key=areas.__getitem__)[len(areas) // 2]
+    largest = max(range(len(areas)), key=areas.__getitem__)
+    with FlopCounterMode(display=False) as flops:
+        predictor(dataset.load(typical)[0])
+    if place.type == "cuda":
+        memory: int | None = torch.cuda.max_memory_allocated(place)
+    else:
+        memory = peak_memory(checkpoint.path, dataset.pairs[largest].image, arguments, torch.get_num_threads())
+        if memory is None:
+            warn(f"{setting.name}: peak memory could not be measured")
+    with torch.device("meta"):
+        network = DeepLabV3(**{**checkpoint.model_arguments, "aux_head": False, "backbone_weights": None})
+    return counter.row(
+        setting,
+        device=str(place),
+        images_per_s=len(dataset) / sum(seconds),
+        latency_ms=1000 * statistics.median(seconds),
+        peak_memory_bytes=memory,
+        gflops=flops.get_total_flops() / 1e9,
+        gflops_size=sizes[typical],
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+    )
+
+
+def _labelled(dataset: SegmentationDataset, batch: Sequence[int]) -> Iterator[tuple[UInt8Array, UInt8Array]]:
+    for index in batch:
+        image, target = dataset.load(index)
+        assert target is not None  # `setup` has seen to it
+        yield image, target
+
+
+def _sizes(dataset: SegmentationDataset) -> list[tuple[int, int]]:
+    """Height and width of every image; reads every file once, before hours go into some of them."""
+    sizes = []
+    with Progress("reading", len(dataset)) as progress:
+        for index in range(len(dataset)):
+            height, width, _ = dataset.load(index)[0].shape
+            sizes.append((height, width))
+            progress.advance()
+    return sizes
+
+
+def _read_masks(setting: Setting, dataset: SegmentationDataset, data: SegmentationDataModule, label: str) -> Row:
+    assert setting.predictions is not None
+    found = _find_masks(setting.predictions, [pair.image for pair in dataset.pairs])
+    reader = _mask_reader(data)
+    counter = _Counter(len(dataset), data.num_classes)
+    with Progress(label, len(dataset)) as progress:
+        for index, path in enumerate(found):
+            target = dataset.load(index)[1]
+            assert target is not None
+            mask = reader(path)
+            if mask.shape != target.shape:
+                raise InputError(
+                    f"{path}: the mask is {mask.shape[1]}x{mask.shape[0]}, its label {target.shape[1]}x"
+                    f"{target.shape[0]} (width x height); write predictions at their image's own size"
+                )
+            if (nothing := int(((mask == VOID) & (target != VOID)).sum())) > 0:
+                raise InputError(
+                    f"{path}: {nothing} pixels that count are {VOID}, which is no class; "
+                    "a prediction must name a class for each of them"
+                )
+            counter.add(index, target, mask)
+            progress.advance()
+    return counter.row(setting)
+
+
+def _mask_reader(data: SegmentationDataModule) -> LabelReader:
+    """Reads class indices, and colours of the data's palette where they tell the classes apart."""
+    distinct = len({tuple(colour) for colour in data.palette}) == data.num_classes
+    return LabelReader(data.num_classes, colors=data.palette if distinct else None)
+
+
+def _find_masks(folder: Path, images: Sequence[Path]) -> list[Path]:
+    """Find each image's mask by its stem, anywhere under the folder; where stems repeat, by their folders' names."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in MASK_SUFFIXES and path.is_file():
+            by_stem.setdefault(path.stem, []).append(path)
+    found, missing = [], []
+    for image in images:
+        candidates = by_stem.get(image.stem, [])
+        if len(candidates) > 1:
+            shared = [_shared_parents(path.relative_to(folder), image) for path in candidates]
+            candidates = [path for path, depth in zip(candidates, shared, strict=True) if depth == max(shared)]
+        if len(candidates) > 1:
+            raise InputError(
+                f"--predictions {folder}: {candidates[0]} and {candidates[1]} could both be the mask of {image}; "
+                "leave one of them out"
+            )
+        found += candidates
+        if not candidates:
+            missing.append(image)
+    if missing:
+        more = f" (and {len(missing) - 1} more of {len(images)})" if missing[1:] else ""
+        raise InputError(f"--predictions {folder}: no mask {missing[0].stem}.png for {missing[0]}{more}")
+    return found
+
+
+def _shared_parents(mask: Path, image: Path) -> int:
+    depth = 0
+    for left, right in zip(reversed(mask.parts[:-1]), reversed(image.parts[:-1]), strict=False):
+        if left != right:
+            break
+        depth += 1
+    return depth
+
+
+def _check_classes(setting: Setting, data: SegmentationDataModule, warn: Warn) -> None:
+    if setting.checkpoint is None:
+        return
+    info, path = setting.checkpoint.data, setting.checkpoint.path
+    if len(info.class_names) != data.num_classes:
+        raise InputError(
+            f"{path} has {len(info.class_names)} classes and the data {data.num_classes} "
+            f"({', '.join(data.class_names)}): compare checkpoints of these data, or name theirs"
+        )
+    if (list(info.mean), list(info.std)) != (list(data.mean), list(data.std)):
+        warn(
+            f"{path}: images are normalised as in its training (mean {info.mean}, std {info.std}), "
+            f"not as the data say (mean {data.mean}, std {data.std})"
+        )
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def _recipes(checkpoints: Sequence[Checkpoint | None]) -> list[str | None]:
+    """A text per checkpoint that is equal for different runs of one recipe; None where a run occurs twice.
+
+    Runs are told apart by the folder that their training wrote checkpoints into: best and last of one run are no seeds.
+    """
+    runs: dict[str, dict[str, set[Path]]] = {}
+    recipes: list[str | None] = []
+    for checkpoint in checkpoints:
+        if checkpoint is None:
+            recipes.append(None)
+            continue
+        recipe = repr(sorted(_plain(checkpoint.hyper_parameters).items()))
+        folder = _run_folder(checkpoint.path)
+        runs.setdefault(recipe, {}).setdefault(folder or str(checkpoint.path), set()).add(checkpoint.path)
+        recipes.append(recipe)
+    mixed = {recipe for recipe, folders in runs.items() if any(len(paths) > 1 for paths in folders.values())}
+    return [None if recipe in mixed else recipe for recipe in recipes]
+
+
+def _run_folder(path: Path) -> str | None:
+    callbacks = read_torch_file(path).get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else []
+    folders = [state["dirpath"] for state in states if isinstance(state, Mapping) and state.get("dirpath")]
+    return str(folders[0]) if folders else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _known(value: float) -> float | None:
+    return None if value != value else value
