@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -43,7 +44,8 @@ def _kernel(monkeypatch):
 
 
 def test_there_are_notebooks():
-    assert [path.stem for path in NOTEBOOKS] == ["attention_tour", "channel_attention_cnn"]
+    names = ["attention_tour", "channel_attention_cnn", "compare_output_stride", "quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -85,6 +87,32 @@ def test_attention_tour_of_a_checkpoint(tmp_path):
     assert len(_outputs(notebook, "image/png")) == 6  # kernel regression, stages, fusion, spatial, channels, layer1
     assert "| `aspp_attention.spatial.gate` | spatial | 1 × 1 × 3 × 4 |" in _outputs(notebook, "text/markdown")[2]
     assert not (tmp_path / "runs").exists()
+
+
+SMALL = {"SCENES": {"train": 8, "val": 3, "size": (96, 72)}, "CROP": 64, "EPOCHS": 1, "PRECISION": "32-true"}
+
+
+def test_quickstart(tmp_path):
+    notebook = _execute("quickstart", tmp_path, **SMALL)
+    said = _text(notebook)
+    assert "background, fish, butterfly" in said
+    assert "best checkpoint: " in said
+    # The table's mean is that of the checkpoint that was kept.
+    best, tested = (re.search(pattern, said)[1] for pattern in (r"mIoU ([\d.]+) %", r"mean IoU +([\d.]+)"))
+    assert float(best) == pytest.approx(float(tested), abs=0.06)
+    assert len(_outputs(notebook, "image/png")) == 2
+
+
+def test_compare_output_stride(tmp_path):
+    notebook = _execute("compare_output_stride", tmp_path, **SMALL)
+    said = _text(notebook)
+    assert "16: layer4 has dilations (2, 4, 8), (32, 64, 128) px; ASPP has rates (6, 12, 18)" in said
+    assert " 8: layer4 has dilations (4, 8, 16), (32, 64, 128) px; ASPP has rates (12, 24, 36)" in said
+    assert said.count("for this checkpoint, on these 3 images") == 2
+    [table] = _outputs(notebook, "text/markdown")
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["16", "8", "32"]
+    # Taps, paths, accuracy and cost, disagreement.
+    assert len(_outputs(notebook, "image/png")) == 4
 
 
 def test_channel_attention_cnn(tmp_path):
