@@ -106,24 +106,27 @@ class PlainProgress(Callback):
 
     def __init__(self) -> None:
         self._started = time.monotonic()
+        self._validated = False
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
         self._started = time.monotonic()
+        self._validated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that this epoch has figures of its own; Lightning keeps an earlier epoch's."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the epoch's loss, mIoU and time."""
+        """Print the epoch's loss, its mIoU if there was a validation, and its time."""
         if not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
+        names = ("train/loss_epoch", "val/loss", "val/miou") if self._validated else ("train/loss_epoch",)
         parts = [
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs or '?'}",
             f"step {trainer.global_step}",
-            *(
-                f"{name} {float(metrics[name]):.4f}"
-                for name in ("train/loss_epoch", "val/loss", "val/miou")
-                if name in metrics
-            ),
+            *(f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics),
             f"{time.monotonic() - self._started:.1f} s",
         ]
         print("  ".join(parts).replace("train/loss_epoch", "train/loss"), flush=True)

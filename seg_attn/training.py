@@ -151,7 +151,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what was reached and where it is."""
-        if not self.trainer.fast_dev_run:
+        if not getattr(self.trainer, "fast_dev_run", False):
             print(f"run: {self.trainer.log_dir}")
         saver = self.trainer.checkpoint_callback
         if isinstance(saver, ModelCheckpoint) and saver.best_model_path:

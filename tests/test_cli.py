@@ -64,6 +64,13 @@ def test_fit_leaves_everything_a_run_needs(run_folder):
         assert panel.size == (3 * 64, 3 * (48 + 4))  # photograph, label, prediction; three images
 
 
+def test_only_an_epoch_with_a_validation_shows_one(config, tmp_path, capsys):
+    arguments = ["fit", "--config", config, "--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", "3"]
+    assert main([str(argument) for argument in [*arguments, "--trainer.check_val_every_n_epoch", "2"]]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert ["val/miou" in line for line in lines] == [False, True, False]
+
+
 def test_the_figure_is_true(checkpoint, config, devkit, tmp_path, capsys):
     images, labels = _val_files(devkit)
     arguments = ["test", "--config", config, "--ckpt_path", checkpoint, "--trainer.default_root_dir", tmp_path]
