@@ -3,6 +3,7 @@
 Decoding, normalisation and the step from logits to classes are those of `test`, so that both agree to the pixel.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -18,9 +19,11 @@ from seg_attn.data.progress import Progress
 from seg_attn.errors import InputError
 from seg_attn.models.deeplabv3 import DeepLabV3
 from seg_attn.models.inference import optimized
+from seg_attn.prediction.device import resolve_device
+from seg_attn.prediction.files import remove_leftovers
 from seg_attn.prediction.inference import Float32Array, Inference, Strip
-from seg_attn.prediction.inputs import MAX_PIXELS, Source, find_images, pixels_of
-from seg_attn.prediction.outputs import OUTPUTS, Outputs, check_targets, remove_leftovers
+from seg_attn.prediction.inputs import MAX_PIXELS, Source, find_images, size_of
+from seg_attn.prediction.outputs import OUTPUTS, Outputs, check_targets
 from seg_attn.prediction.settings import Settings
 from seg_attn.prediction.stream import Advance, Outcome, Stream, pillow_without_limit
 from seg_attn.prediction.summary import Summary
@@ -55,6 +58,7 @@ class Predictor:
         settings: Scales, flip, tiles and precision.
 
     Raises:
+        InputError: If this machine has no such device.
         ValueError: For a setting out of its range.
 
     Examples:
@@ -78,7 +82,7 @@ class Predictor:
         optimize: bool = False,
     ) -> None:
         self.settings = Settings(tuple(scales), flip, tile, overlap, precision)
-        self.device = torch.device(_default_device() if device == "auto" else device)
+        self.device = resolve_device(device)
         self.model = model.eval().to(self.device)
         self.data = data
         dtype = torch.bfloat16 if self.settings.precision == "bfloat16" else torch.float32
@@ -113,7 +117,7 @@ class Predictor:
             optimize: See `Predictor`.
 
         Raises:
-            InputError: If the file is missing or is not such a checkpoint.
+            InputError: If the file is missing or is not such a checkpoint, or this machine has no such device.
             ValueError: If `output_stride` is not 8, 16 or 32, or a setting is out of its range.
         """
         checkpoint = load_checkpoint(path)
@@ -224,11 +228,11 @@ def plan_files(sources: Sequence[Source], outputs: Outputs, existing: str = "err
     if existing == "overwrite" or not outputs.folder.exists():
         return Plan(outputs, sources, frozenset())
     if existing == "skip":
-        done = frozenset(source for source in sources if all(file.is_file() for file in outputs.files(source)))
+        done = frozenset(source for source in sources if all(map(os.path.isfile, outputs.files(source))))
         return Plan(outputs, sources, done)
     for source in sources:
         for file in outputs.files(source):
-            if file.exists():
+            if os.path.exists(file):
                 raise InputError(
                     f"{file} exists: --skip_existing goes on after a stop, --overwrite predicts again, or name another "
                     "--output folder"
@@ -315,6 +319,16 @@ class Work:
     batch_size: int
     max_pixels: int
 
+    def check(self) -> None:
+        """Build the network, as every process will, and drop it.
+
+        Raises:
+            InputError: If the checkpoint does not make one, or this machine has no such device.
+            ValueError: If `output_stride` is not 8, 16 or 32.
+        """
+        resolve_device(self.device)
+        load_checkpoint(self.checkpoint).build_model(self.output_stride)
+
     def predictor(self, device: str | torch.device | None = None) -> Predictor:
         """Rebuild the predictor, on another device if one is given."""
         how = {field.name: getattr(self.settings, field.name) for field in fields(self.settings)}
@@ -351,24 +365,24 @@ def predict_share(
 
 
 def _tiles_of(source: Source, settings: Settings) -> int:
-    if settings.tile is None or source.frame is not None:
+    if settings.tile is None:
         return 1
-    size = pixels_of(source.path)
+    size = size_of(source)
     return settings.number_of_tiles(*size) if size else 1
 
 
 def start_folder(plan: Plan, summary: bool) -> Summary | None:
-    """Make the output folder, remove what killed processes left in it, and open its summary if there is one."""
+    """Make the output folder, settle what stopped runs left in it, and open its summary if there is to be one."""
     plan.outputs.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers({file.parent for source in plan.sources for file in plan.outputs.files(source)})
     remove_leftovers([plan.outputs.folder])
-    return Summary(plan.outputs.folder, plan.outputs.data.class_names) if summary else None
+    if not summary:
+        return None
+    table = Summary(plan.outputs.folder, plan.outputs.data.class_names)
+    table.recover()
+    return table
 
 
 def _present(strip: Strip) -> Float32Array:
     assert strip.probabilities is not None
     return strip.probabilities
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,6 +20,7 @@ from seg_attn.attention.arguments import positive_int, unknown_message
 from seg_attn.fusion import FUSION
 from seg_attn.models.backbone import NOMINAL_STRIDES
 from seg_attn.models.deeplabv3 import ATTENTION_POSITIONS, DeepLabV3
+from seg_attn.prediction.device import resolve_device
 from seg_attn.summary import Cost, summarize
 
 
@@ -142,6 +143,7 @@ def price_list(
         device: Where time is measured.
 
     Raises:
+        InputError: If this machine has no such device.
         ValueError: For a position or backbone that does not exist, or numbers out of their range.
     """
     if repeats < 0:
@@ -149,14 +151,15 @@ def price_list(
     items = price_items(positions)
     network = {"backbone": backbone, "output_stride": output_stride, "num_classes": num_classes, "fusion": "add"}
     plain, added = _count(network, items, size)
-    timings = _time(network, items, torch.zeros(1, 3, *size, device=device), repeats) if repeats else None
+    place = resolve_device(device)
+    timings = _time(network, items, torch.zeros(1, 3, *size, device=place), repeats) if repeats else None
     return PriceList(
         backbone=backbone,
         output_stride=output_stride,
         size=size,
         plain=plain,
         seconds=None if timings is None else timings[0],
-        where=describe_device(torch.device(device)),
+        where=describe_device(place),
         prices=[
             Price(item, cost.parameters, cost.flops, None if timings is None else timings[1][index])
             for index, (item, cost) in enumerate(zip(items, added, strict=True))

@@ -10,6 +10,8 @@ from lightning_fabric import Fabric
 
 from seg_attn.errors import InputError
 from seg_attn.predict import Outcome, Plan, Work, predict_share, start_folder
+from seg_attn.prediction.device import resolve_device
+from seg_attn.prediction.inputs import Source
 from seg_attn.prediction.summary import Summary
 
 
@@ -25,9 +27,12 @@ def predict_shards(work: Work, plan: Plan, devices: int) -> list[Outcome]:
         What became of each source, in the plan's order.
 
     Raises:
-        InputError: If there are fewer devices of the kind.
+        InputError: If there are fewer devices of the kind, the checkpoint does not make a network, or nothing more can
+            be written.
+        ValueError: If the output stride is none.
     """
-    kind = torch.device(work.device if work.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu").type
+    work.check()
+    kind = resolve_device(work.device).type
     if kind != "cpu" and devices > torch.cuda.device_count():
         raise InputError(f"--devices {devices}: there are {torch.cuda.device_count()} of {kind}; ask for no more")
     table = start_folder(plan, summary=True)
@@ -37,6 +42,9 @@ def predict_shards(work: Work, plan: Plan, devices: int) -> list[Outcome]:
         # Pickled here: Lightning looks for tensors in what it is given, and refuses frozen dataclasses.
         fabric.launch(partial(_share, pickle.dumps((work, plan)), Path(scratch), threads))
         shares = [pickle.loads((Path(scratch) / str(rank)).read_bytes()) for rank in range(devices)]
+    for share in shares:
+        if isinstance(share, InputError):
+            raise share
     if table is not None:
         table.finish()
     done = {source: outcome for share in shares for source, outcome in share}
@@ -54,5 +62,10 @@ def _share(content: bytes, scratch: Path, threads: int, fabric: Fabric) -> None:
         torch.set_num_threads(threads)
     share = plan.remaining[rank :: fabric.world_size]
     table = Summary(plan.outputs.folder, plan.outputs.data.class_names, rank)
-    outcomes = predict_share(work, work.predictor(fabric.device), plan, share, table)
-    (scratch / str(rank)).write_bytes(pickle.dumps(list(zip(share, outcomes, strict=True))))
+    result: list[tuple[Source, Outcome]] | InputError
+    try:
+        outcomes = predict_share(work, work.predictor(fabric.device), plan, share, table)
+        result = list(zip(share, outcomes, strict=True))
+    except InputError as error:  # said in one line by the process that started this one
+        result = error
+    (scratch / str(rank)).write_bytes(pickle.dumps(result))

@@ -16,6 +16,7 @@ from seg_attn.errors import InputError
 from seg_attn.losses import build_loss
 from seg_attn.metrics import SegmentationMetrics, as_report
 from seg_attn.models import DeepLabV3
+from seg_attn.models.classes import best_classes
 from seg_attn.models.pretrained import weights_follow, weights_will_follow
 from seg_attn.resume import settle_finished_epoch
 
@@ -33,8 +34,8 @@ def poly_factor(step: int, total: float, power: float) -> float:
 
 
 def predicted_classes(logits: Tensor) -> Tensor:
-    """The one way from logits, float (N, C, H, W), to class indices, int64 (N, H, W)."""
-    return logits.argmax(dim=1)
+    """Class indices, int64 (N, H, W), of logits, float (N, C, H, W); as `predict` and `compare` find them."""
+    return best_classes(logits)[0].long()
 
 
 class SegmentationTask(LightningModule):

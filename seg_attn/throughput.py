@@ -165,7 +165,7 @@ def peak_memory(sizes: Sequence[tuple[int, int]], tile: int, **model: Any) -> li
     Args:
         sizes: Heights and widths.
         tile: Side of the tiles.
-        **model: Arguments of `DeepLabV3`; its weights are random, it has 21 classes and no skip.
+        **model: Arguments of `DeepLabV3`; its weights are random, it has 21 classes.
 
     Returns:
         A row per size: `height`, `width`, `peak_bytes` (the most that was resident), `image_and_mask_bytes`, `seconds`.
@@ -177,7 +177,7 @@ def peak_memory(sizes: Sequence[tuple[int, int]], tile: int, **model: Any) -> li
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "model.ckpt"
         torch.manual_seed(0)
-        save_model(checkpoint, DeepLabV3(num_classes=21, skip_strides=(), **model), DataInfo.default(21))
+        save_model(checkpoint, DeepLabV3(num_classes=21, **model), DataInfo.default(21))
         for height, width in sizes:
             image = Path(scratch) / f"{width}x{height}.jpg"
             coarse = np.random.default_rng(0).integers(0, 256, (height // 50, width // 50, 3), dtype=np.uint8)

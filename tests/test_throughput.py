@@ -2,7 +2,7 @@
 
 import pytest
 
-from seg_attn import throughput
+from seg_attn import DeepLabV3, throughput
 from seg_attn.cli import main
 from seg_attn.data.benchmark import write_scenes
 
@@ -28,19 +28,35 @@ def test_the_ways_write_the_same_masks(pairs):
     assert 0.8 < by_way["predict --precision bfloat16"]["equal"] < 1
 
 
+def _rest(rows):
+    """What the rows' peaks were without the image and its mask, in bytes; printed."""
+    for row in rows:
+        peak, rest = row["peak_bytes"], row["peak_bytes"] - row["image_and_mask_bytes"]
+        print(f"{row['width']}x{row['height']}: {peak / 2**20:.0f} MiB, {rest / 2**20:.0f} but for image and mask")
+    return [row["peak_bytes"] - row["image_and_mask_bytes"] for row in rows]
+
+
 def test_memory_is_flat_but_for_the_image_and_its_mask():
-    small, large = throughput.peak_memory(((500, 500), (1700, 1700)), 256, backbone="resnet18", decoder_channels=16)
-    growth = (large["peak_bytes"] - large["image_and_mask_bytes"]) - (
-        small["peak_bytes"] - small["image_and_mask_bytes"]
-    )
-    assert small["peak_bytes"] > 100e6
-    assert growth < 100e6  # the scores of all pixels alone would be 4 * 21 * 1700 * 1700 bytes, 243 MB
+    """The default network: a skip from stride 4, joined by AFF."""
+    sizes = ((500, 500), (1000, 1000), (1700, 1700))
+    small, middle, large = _rest(throughput.peak_memory(sizes, 256, backbone="resnet18"))
+    assert small > 100e6
+    # The scores of all pixels alone would be 4 * 21 * 1700 * 1700 bytes, 243 MB.
+    assert max(middle, large) - small < 100e6
+
+
+def test_memory_is_that_of_the_default_network(monkeypatch):
+    built = []
+    monkeypatch.setattr(throughput, "save_model", lambda _, model, data: built.append(model))
+    assert throughput.peak_memory((), 256, backbone="resnet18") == []
+    assert built[0].config == DeepLabV3("resnet18").config
 
 
 @pytest.mark.exhaustive
 def test_memory_of_huge_images():
-    rows = throughput.peak_memory(throughput.HUGE, 1024, backbone="resnet18")
+    rest = _rest(rows := throughput.peak_memory(throughput.HUGE, 1024, backbone="resnet18"))
     assert all(row["peak_bytes"] < 4 * 2**30 for row in rows)
+    assert rest[-1] - rest[0] < 1e9  # rows of tiles share 256 rows of 21 scores, 258 MB at a width of 12,000, twice
 
 
 def test_bad_arguments(capsys):

@@ -1,6 +1,7 @@
 """`seg-attn predict`: masks for photographs, from a checkpoint alone."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,11 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--input",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PATH",
         help="image files, folders of images, quoted patterns, or lists of files as @FILE",
     )
-    inputs.add_argument("--list", nargs="+", default=[], metavar="FILE", help="text files that name one image per line")
+    inputs.add_argument(
+        "--list",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="text files that name one image per line",
+    )
     inputs.add_argument("--recursive", action="store_true", help="folders with all folders in them, kept in the output")
     inputs.add_argument("--video", action="store_true", help="videos too, frame by frame, each into a folder")
     inputs.add_argument(
@@ -138,6 +147,7 @@ def _report(outcomes: Sequence[Outcome], folder: Path) -> int:
     for outcome in failed:
         print(f"error: {outcome.error}", file=sys.stderr)
     skipped = sum(outcome.skipped for outcome in outcomes)
+    shown = os.fsencode(folder).decode(errors="backslashreplace")  # its name may be any bytes
     there = f" ({skipped} were there)" if skipped else ""
-    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} images predicted{there}, written to {folder}")
+    print(f"{len(outcomes) - len(failed)} of {len(outcomes)} images predicted{there}, written to {shown}")
     return 1 if failed else 0

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from seg_attn.data.images import UInt8Array, normalize
+from seg_attn.models.classes import best_classes
 from seg_attn.prediction.settings import Settings, tile_starts
 
 Float32Array = NDArray[np.float32]
-
-# Rows of logits are turned into classes so many bytes at a time: what fits into a core's cache.
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -39,43 +37,6 @@ class Strip:
     classes: UInt8Array
     confidence: Float32Array
     probabilities: Float32Array | None = None
-
-
-def best_classes(scores: Tensor, logits: bool) -> tuple[Tensor, Tensor]:
-    """Return the best class and its probability.
-
-    The class is `scores.argmax(dim=1)`, the first of equal ones; computed class by class over blocks of rows, which on
-    a processor takes a fraction of the time that the reduction over a strided dimension does.
-
-    Args:
-        scores: Logits or probabilities, float (N, C, H, W).
-        logits: Which of the two they are.
-
-    Returns:
-        uint8 (N, H, W) and float32 (N, H, W).
-    """
-    count, channels, height, width = scores.shape
-    if scores.device.type != "cpu":
-        best, classes = scores.max(dim=1)
-        total = (scores - best[:, None]).exp().sum(dim=1) if logits else None
-        return classes.to(torch.uint8), (best if total is None else total.reciprocal()).float()
-    classes = torch.zeros((count, height, width), dtype=torch.uint8)
-    confidence = torch.empty((count, height, width), dtype=torch.float32)
-    rows = max(1, _BLOCK_BYTES // (channels * width * scores.element_size()))
-    for image in range(count):
-        for top in range(0, height, rows):
-            block = scores[image, :, top : top + rows]
-            if scores.stride(1) == 1:  # channels-last: turned a block at a time, while it is in the cache
-                block = block.contiguous()
-            chosen = classes[image, top : top + rows]
-            best = block[0].clone()
-            for index in range(1, channels):
-                chosen.masked_fill_(block[index] > best, index)
-                torch.maximum(best, block[index], out=best)
-            if logits:
-                best = (block - best).exp_().sum(dim=0).reciprocal_()
-            confidence[image, top : top + rows] = best
-    return classes, confidence
 
 
 class Inference:
@@ -187,7 +148,7 @@ class Inference:
             logits = F.interpolate(logits, size=list(size), mode="bilinear", align_corners=False)
         return logits.softmax(dim=1)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # a tensor made in inference mode would take no sums outside of it
     def _tile_probabilities(self, tiles: Sequence[UInt8Array]) -> Tensor:
         scores = self._scores(tiles)
         return (scores.softmax(dim=1) if self.settings.is_plain else scores).cpu()
@@ -199,37 +160,39 @@ class Inference:
         assert self.settings.tile is not None
         rows = TileAxis(height, self.settings.tile, self.settings.overlap_pixels)
         columns = TileAxis(width, self.settings.tile, self.settings.overlap_pixels)
-        carry: Tensor | None = None  # (C, shared rows, W): weighted sums of the rows that the next row of tiles adds to
+        shared = max(rows.size - rows.finished(row) for row in range(len(rows.starts)))
+        carry: Tensor | None = None  # (C, shared, W): weighted sums of the rows that the next row of tiles adds to
+        carried = 0
         for row, (top, row_weights) in enumerate(zip(rows.starts, rows.weights, strict=True)):
             finished = rows.finished(row)
+            kept = rows.size - finished
             classes = np.empty((finished, width), dtype=np.uint8)
             confidence = np.empty((finished, width), dtype=np.float32)
             chances: Float32Array | None = None
-            kept = rows.size - finished
-            following: Tensor | None = None
             beside: Tensor | None = None  # (C, tile rows, shared columns): likewise for the next tile to the right
-            for column, tile in enumerate(self._tiles(image, top, rows.size, columns, batch_size, advance)):
-                left, done = columns.starts[column], columns.finished(column)
+            tiles = self._tiles(image, top, rows.size, columns, batch_size, advance)
+            for column, left in enumerate(columns.starts):
+                tile = next(tiles)
+                done = columns.finished(column)
+                inside = slice(left, left + done)
                 tile *= row_weights[:, None] * columns.weights[column]
                 if beside is not None:
                     tile[:, :, : beside.shape[2]] += beside
                 beside = tile[:, :, done:].clone()
-                block = tile[:, :, :done]
-                if carry is not None:
-                    block[:, : carry.shape[1]] += carry[:, :, left : left + done]
-                if kept:
-                    if following is None:
-                        following = torch.empty((len(tile), kept, width))
-                    following[:, :, left : left + done] = block[:, finished:]
-                ready = block[:, :finished]
-                best, chance = best_classes(ready[None], logits=False)
-                classes[:, left : left + done] = best[0].numpy()
-                confidence[:, left : left + done] = chance[0].numpy()
+                if carry is None:
+                    carry = torch.empty((len(tile), shared, width))
+                tile[:, :carried, :done] += carry[:, :carried, inside]
+                carry[:, :kept, inside] = tile[:, finished:, :done]
+                ready = tile[:, :finished, :done]
+                best, chance = best_classes(ready[None])
+                classes[:, inside] = best[0].numpy()
+                confidence[:, inside] = chance[0].numpy()
                 if probabilities:
                     if chances is None:
                         chances = np.empty((len(tile), finished, width), dtype=np.float32)
-                    chances[:, :, left : left + done] = ready.numpy()
-            carry = following
+                    chances[:, :, inside] = ready.numpy()
+                del tile, ready  # or they would be held while the network sees the next one
+            carried = kept
             yield Strip(top, classes, confidence, chances)
 
     def _tiles(
@@ -245,10 +208,11 @@ class Inference:
         for first in range(0, len(columns.starts), batch_size):
             lefts = columns.starts[first : first + batch_size]
             tiles = [np.ascontiguousarray(image[top : top + rows, left : left + columns.size]) for left in lefts]
-            for probabilities in self._tile_probabilities(tiles):
-                yield probabilities.clone()  # a tensor made in inference mode takes no sums outside of it
+            seen = self._tile_probabilities(tiles)
             if advance is not None:
                 advance(len(lefts))
+            yield from seen
+            del seen
 
 
 class TileAxis:

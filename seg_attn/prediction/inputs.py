@@ -1,5 +1,6 @@
 """What there is to predict: files, folders, patterns, lists and videos, each with the name that its mask will have."""
 
+import functools
 import glob
 import os
 from collections.abc import Sequence
@@ -114,6 +115,21 @@ def count_frames(path: Path) -> int:
     return count
 
 
+def size_of(source: Source) -> tuple[int, int] | None:
+    """Height and width of an image or frame as its file's header says, without decoding; None where it says none."""
+    return pixels_of(source.path) if source.frame is None else _frame_size(source.path)
+
+
+@functools.lru_cache(maxsize=1)
+def _frame_size(path: Path) -> tuple[int, int] | None:
+    video = cv2.VideoCapture(str(path))
+    try:
+        size = int(video.get(cv2.CAP_PROP_FRAME_HEIGHT)), int(video.get(cv2.CAP_PROP_FRAME_WIDTH))
+    finally:
+        video.release()
+    return size if all(size) else None
+
+
 def pixels_of(path: Path) -> tuple[int, int] | None:
     """Height and width as a file's header says, without decoding; None where it cannot be read."""
     try:
@@ -146,11 +162,14 @@ def _named(text: str, recursive: bool, videos: bool, outside: Path | None) -> li
 def _listed(path: Path) -> list[tuple[Path, Path]]:
     """The files that a list names: one per line, relative to the working folder or to the list's own."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise InputError(f"no such list of files: {path}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"{path} cannot be read as a list of files ({error}); write one path per line") from error
+    if b"\0" in content:
+        raise InputError(f"{path} is no text and so no list of files; write one path per line")
+    lines = [line.strip() for line in os.fsdecode(content).split("\n")]  # a file's name may be any bytes
     files = []
     for line in lines:
         if not line or line.startswith("#"):

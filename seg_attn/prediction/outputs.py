@@ -1,29 +1,30 @@
 """What is written for an image: mask, overlay, contour, probabilities, run lengths; each file whole or not at all."""
 
-import io
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from seg_attn.checkpoint import DataInfo
-from seg_attn.data.images import UInt8Array, write_bytes
+from seg_attn.data.images import UInt8Array
 from seg_attn.draw import contour, legend, overlay
 from seg_attn.errors import InputError
+from seg_attn.prediction.files import whole_file
 from seg_attn.prediction.inference import Float32Array, Strip
 from seg_attn.prediction.inputs import Source
-from seg_attn.prediction.png import PngStrips
+from seg_attn.prediction.png import PngStrips, open_png
 from seg_attn.prediction.rle import coco_segments
 
 OUTPUTS = ("mask", "overlay", "contour", "probability", "rle")
 PROBABILITY_FORMATS = ("npz", "png", "tif")
-LARGEST_WHOLE_PROBABILITY = 2 << 30
-"""Bytes of float32 probabilities that are held in memory for a file that cannot be written in strips."""
+LARGEST_WHOLE_PROBABILITY = 1 << 30
+"""Bytes of float32 probabilities, at most, that are held in memory for a file that cannot be written in strips."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,34 @@ class Outputs:
             return [_with_ending(stem, f"_probability.{self.probability}")]
         return [_with_ending(stem, f"_{kind}.png")]
 
+    def bytes_held(self, height: int, width: int, tiled: bool) -> int:
+        """Bytes that an image and what is predicted of it take until they are written."""
+        pixels = height * width
+        image = 3 * pixels
+        if self.needs_probabilities and (self._holds_probabilities or not tiled):
+            image += self._probability_bytes(pixels)
+        return image if tiled else image + 5 * pixels  # classes and confidence
+
     def check_size(self, source: Source, height: int, width: int, tiled: bool) -> None:
         """Refuse probabilities that would have to be held in memory whole and are too large for it.
 
         Raises:
             InputError: If that is so.
         """
-        size = 4 * len(self.data.class_names) * height * width
-        if tiled and self.needs_probabilities and self.probability != "png" and size > LARGEST_WHOLE_PROBABILITY:
+        size = self._probability_bytes(height * width)
+        if self._holds_probabilities and size > LARGEST_WHOLE_PROBABILITY:
+            strips = "--probability png" if tiled else "--tile 1024 --probability png"
             raise InputError(
                 f"{source}: probabilities of {height}x{width} pixels as .{self.probability} would take "
-                f"{size / 2**30:.1f} GiB of memory: take --probability png, which is written in strips"
+                f"{size / 2**30:.1f} GiB of memory: take {strips}, which is written in strips"
             )
+
+    @property
+    def _holds_probabilities(self) -> bool:
+        return self.needs_probabilities and self.probability != "png"
+
+    def _probability_bytes(self, pixels: int) -> int:
+        return 4 * len(self.data.class_names) * pixels
 
     def write(
         self,
@@ -122,17 +139,23 @@ class Outputs:
         counts = np.zeros(256, dtype=np.int64)
         total = 0.0
         above: UInt8Array | None = None
-        masks: list[UInt8Array] = []
-        chances: list[Float32Array] = []
+        mask = np.empty((height, width) if "rle" in self.kinds else 0, dtype=np.uint8)
+        chances: Float32Array | None = None
         for file in self.files(source):
             file.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             pngs = {kind: self._open(stack, kind, source, width) for kind in ("mask", "overlay", "contour")}
             per_class = self._open_probabilities(stack, source, width)
+            whole = {
+                kind: stack.enter_context(whole_file(self._files_of(kind, source)[0]))
+                for kind, is_written in (("probability", self._holds_probabilities), ("rle", mask.size > 0))
+                if is_written
+            }
             for strip in strips:
                 counts += np.bincount(strip.classes.ravel(), minlength=256)
                 total += float(strip.confidence.sum(dtype=np.float64))
-                rows = image[strip.top : strip.top + len(strip.classes)]
+                inside = slice(strip.top, strip.top + len(strip.classes))
+                rows = image[inside]
                 if png := pngs["mask"]:
                     png.write(strip.classes)
                 if png := pngs["overlay"]:
@@ -142,54 +165,55 @@ class Outputs:
                 if strip.probabilities is not None:
                     for index, png in enumerate(per_class):
                         png.write(np.round(strip.probabilities[index] * 65535).astype(np.uint16))
-                    if not per_class:
-                        chances.append(strip.probabilities)
-                if "rle" in self.kinds:
-                    masks.append(strip.classes)
-                above = strip.classes[-1]
+                    if "probability" in whole:
+                        chances = _joined(chances, strip.probabilities, inside, height)
+                if "rle" in whole:
+                    mask[inside] = strip.classes
+                above = strip.classes[-1].copy()
+                del strip  # or it would be held while the next one is made
             for png in (pngs["overlay"], pngs["contour"]):
                 if png:
                     shown = np.flatnonzero(counts).tolist()
                     names = [f"{self.data.class_names[i]} {counts[i] / (height * width):.1%}" for i in shown]
                     png.write(legend(names, [self.data.palette[i] for i in shown], width))
+            if chances is not None:
+                self._write_probabilities(whole["probability"], chances)
+            if "rle" in whole:
+                self._write_segments(whole["rle"], source, mask)
             seen = Seen(height, width, counts[: len(self.data.class_names)].tolist(), total / (height * width))
             if note is not None:
                 note(seen)
-            if self.needs_probabilities and not per_class:
-                self._write_probabilities(source, np.concatenate(chances, axis=1))
-            if masks:
-                self._write_segments(source, np.concatenate(masks))
         return seen
 
     def _open(self, stack: ExitStack, kind: str, source: Source, width: int) -> PngStrips | None:
         if kind not in self.kinds:
             return None
         palette = self.data.palette if kind == "mask" else None
-        return stack.enter_context(PngStrips(self._files_of(kind, source)[0], width, palette))
+        return stack.enter_context(open_png(self._files_of(kind, source)[0], width, palette))
 
     def _open_probabilities(self, stack: ExitStack, source: Source, width: int) -> list[PngStrips]:
         if not self.needs_probabilities or self.probability != "png":
             return []
         files = self._files_of("probability", source)
-        return [stack.enter_context(PngStrips(file, width, bits=16)) for file in files]
+        return [stack.enter_context(open_png(file, width, bits=16)) for file in files]
 
-    def _write_probabilities(self, source: Source, chances: Float32Array) -> None:
-        buffer = io.BytesIO()
+    def _write_probabilities(self, file: BinaryIO, chances: Float32Array) -> None:
         if self.probability == "npz":
-            np.savez_compressed(buffer, probability=chances, class_names=np.array(self.data.class_names))
-        else:
-            pages = [Image.fromarray(page) for page in chances]
-            pages[0].save(buffer, "TIFF", save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate")
-        write_bytes(self._files_of("probability", source)[0], buffer.getvalue())
+            np.savez_compressed(file, probability=chances, class_names=np.array(self.data.class_names))
+            return
+        with AppendingTiffWriter(file) as tiff:  # `save_all` would have all pages in memory once more
+            for page in chances:
+                Image.fromarray(page).save(tiff, "TIFF", compression="tiff_adobe_deflate")
+                tiff.newFrame()
 
-    def _write_segments(self, source: Source, mask: UInt8Array) -> None:
+    def _write_segments(self, file: BinaryIO, source: Source, mask: UInt8Array) -> None:
         content = {
             "file": source.path.name,
             "height": mask.shape[0],
             "width": mask.shape[1],
             "annotations": coco_segments(mask, self.data.class_names),
         }
-        write_bytes(self._files_of("rle", source)[0], (json.dumps(content) + "\n").encode())
+        file.write((json.dumps(content) + "\n").encode())
 
 
 def check_kinds(kinds: Sequence[str], probability: str) -> None:
@@ -204,23 +228,14 @@ def check_kinds(kinds: Sequence[str], probability: str) -> None:
         raise InputError(f"--probability takes {', '.join(PROBABILITY_FORMATS)}, got {probability!r}")
 
 
-def remove_leftovers(folders: Iterable[Path]) -> None:
-    """Remove the unfinished files of processes that are no more: `.NAME.PID-RANDOM.part`."""
-    for folder in folders:
-        for path in folder.glob(".*.part"):
-            process = path.name.removesuffix(".part").rpartition(".")[2].partition("-")[0]
-            if process.isdigit() and not _is_alive(int(process)):
-                path.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()
+def _joined(whole: Float32Array | None, part: Float32Array, inside: slice, height: int) -> Float32Array:
+    """Put rows (C, rows, W) into the array of all of them, which a single strip already is."""
+    if part.shape[1] == height:
+        return part
+    if whole is None:
+        whole = np.empty((len(part), height, part.shape[2]), dtype=np.float32)
+    whole[:, inside] = part
+    return whole
 
 
 def _with_ending(stem: Path, ending: str) -> Path:

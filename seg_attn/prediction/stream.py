@@ -1,11 +1,13 @@
 """Many inputs through one network: reading ahead, batching, predicting and writing at the same time, in order."""
 
 import contextlib
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,15 +17,24 @@ from PIL import Image
 from seg_attn.data.images import UInt8Array, read_image
 from seg_attn.errors import InputError
 from seg_attn.prediction.inference import Inference, Strip
-from seg_attn.prediction.inputs import Source, pixels_of
+from seg_attn.prediction.inputs import Source, size_of
 from seg_attn.prediction.outputs import Outputs, Seen
 from seg_attn.prediction.summary import Summary
 
 _READERS, _WRITERS = 2, 2
-# Pixels that are decoded ahead, at most: 192 MB of photographs.
-_PIXELS_AHEAD = 64_000_000
+# Bytes of photographs that are decoded ahead, and of predictions that wait to be written, at most; one may be larger.
+_BYTES_AHEAD = 192_000_000
+_BYTES_BEHIND = 1 << 30
+# The disk or the folder is at an end: no other image could be written either.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+# How PyTorch's allocators, CUDA's libraries and the processor's say that there is no more.
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
 
 Advance = Callable[[int], object]
+
+
+class OutputError(InputError):
+    """No output at all can be written."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +92,14 @@ class Stream:
         self.advance: Advance = advance or (lambda _: None)
 
     def __call__(self, sources: Sequence[Source]) -> Iterator[Outcome]:
-        """Predict and write; yield what became of each source, in their order."""
+        """Predict and write; yield what became of each source, in their order.
+
+        Raises:
+            OutputError: If nothing more can be written.
+        """
         waiting: deque[_Job] = deque()
-        finished: dict[int, Future[Outcome]] = {}
-        upcoming = iter(enumerate(sources))
-        following = 0
+        ahead = max(4, 2 * self.batch_size)
+        upcoming = ((index, source, size_of(source)) for index, source in enumerate(sources))
         with (
             pillow_without_limit(),
             ThreadPoolExecutor(_READERS, "read") as readers,
@@ -93,47 +107,34 @@ class Stream:
             ThreadPoolExecutor(_WRITERS, "write") as writers,
         ):
             video = _VideoReader()
-            ahead = max(4, 2 * self.batch_size)
+            backlog = _Backlog(writers, ahead)
             head = next(upcoming, None)
             try:
                 while head is not None or waiting:
-                    while head is not None and self._may_read(waiting, head[1], ahead):
+                    while head is not None and _may_read(waiting, head[2], ahead):
                         waiting.append(self._submit(*head, readers, frames, video))
                         head = next(upcoming, None)
-                    self._predict(self._batch(waiting), writers, finished)
-                    pending = [future for future in finished.values() if not future.done()]
-                    while following in finished and (finished[following].done() or len(pending) > ahead):
-                        yield finished.pop(following).result()
-                        following += 1
-                        pending = [future for future in finished.values() if not future.done()]
-                while following in finished:
-                    yield finished.pop(following).result()
-                    following += 1
+                    self._predict(self._batch(waiting), backlog)
+                    yield from backlog.settled()
+                yield from backlog.settled(to_the_end=True)
             finally:
                 for job in waiting:
                     job.image.cancel()
                 frames.submit(video.close)
 
-    def _may_read(self, waiting: Sequence[_Job], source: Source, ahead: int) -> bool:
-        if not waiting:
-            return True
-        size = pixels_of(source.path) if source.frame is None else None
-        pixels = size[0] * size[1] if size else 0
-        return len(waiting) < ahead and pixels + sum(job.pixels for job in waiting) <= _PIXELS_AHEAD
-
     def _submit(
         self,
         index: int,
         source: Source,
+        size: tuple[int, int] | None,
         readers: ThreadPoolExecutor,
         frames: ThreadPoolExecutor,
         video: "_VideoReader",
     ) -> _Job:
-        if source.frame is not None:
-            return _Job(index, source, 0, 1, frames.submit(video.read, source))
-        size = pixels_of(source.path)
+        pixels = _pixels(size)
         tiles = self.inference.settings.number_of_tiles(*size) if size else 1
-        pixels = size[0] * size[1] if size else 0
+        if source.frame is not None:
+            return _Job(index, source, pixels, tiles, frames.submit(video.read, source))
         return _Job(index, source, pixels, tiles, readers.submit(self._read, source, pixels))
 
     def _read(self, source: Source, pixels: int) -> UInt8Array:
@@ -159,46 +160,114 @@ class Stream:
                 waiting.remove(job)
         return batch
 
-    def _predict(
-        self, jobs: Sequence[_Job], writers: ThreadPoolExecutor, finished: dict[int, "Future[Outcome]"]
-    ) -> None:
-        first = jobs[0]
+    def _predict(self, jobs: Sequence[_Job], backlog: "_Backlog") -> None:
+        """Predict images of one size: together, or one after the other where that cannot be."""
         try:
-            image = first.image.result()
-            height, width = image.shape[:2]
-            is_tiled = self.inference.settings.is_tiled(height, width)
-            self.outputs.check_size(first.source, height, width, is_tiled)
-            if is_tiled:
-                told = _Told(self.advance)
-                strips = self.inference.strips(image, self.outputs.needs_probabilities, self.batch_size, told)
-                finished[first.index] = _done(self._write(first, strips))
-                self.advance(first.tiles - told.count)
-                return
-            images = [job.image.result() for job in jobs]
-            predicted = self.inference.whole(images, self.outputs.needs_probabilities)
-        except InputError as error:
-            finished[first.index] = _done(Outcome(first.source.path, [], str(error)))
-            self.advance(first.tiles)
+            self._predict_together(jobs, backlog)
             return
+        except OutputError:
+            raise
+        except InputError as error:
+            reason = str(error)
         except (MemoryError, RuntimeError) as error:
             if not _is_lack_of_memory(error):
                 raise
-            message = f"{height}x{width} pixels at once need more memory than there is: try --tile 1024"
+            reason = self._too_large(jobs[0])
+        # Not in the handlers: what has been raised holds on to what the network had allocated.
+        if len(jobs) > 1:
             for job in jobs:
-                finished[job.index] = _done(Outcome(job.source.path, [], f"{job.source}: {message}"))
-                self.advance(job.tiles)
+                self._predict([job], backlog)
+        else:
+            backlog.add(jobs[0].index, Outcome(jobs[0].source.path, [], reason))
+            self.advance(jobs[0].tiles)
+
+    def _predict_together(self, jobs: Sequence[_Job], backlog: "_Backlog") -> None:
+        images = [job.image.result() for job in jobs]
+        height, width = images[0].shape[:2]
+        is_tiled = self.inference.settings.is_tiled(height, width)
+        self.outputs.check_size(jobs[0].source, height, width, is_tiled)
+        size = self.outputs.bytes_held(height, width, is_tiled)
+        backlog.make_room(len(jobs) * size)
+        if is_tiled:
+            told = _Told(self.advance)
+            strips = self.inference.strips(images[0], self.outputs.needs_probabilities, self.batch_size, told)
+            backlog.add(jobs[0].index, self._write(jobs[0], strips))
+            self.advance(jobs[0].tiles - told.count)
             return
-        for job, strip in zip(jobs, predicted, strict=True):
-            finished[job.index] = writers.submit(self._write, job, [strip])
+        for job, strip in zip(jobs, self.inference.whole(images, self.outputs.needs_probabilities), strict=True):
+            backlog.submit(job.index, size, partial(self._write, job, [strip]))
             self.advance(job.tiles)
 
     def _write(self, job: _Job, strips: Sequence[Strip] | Iterator[Strip]) -> Outcome:
         note: Callable[[Seen], None] | None = None
         if self.summary is not None:
-            summary, name = self.summary, job.source.name.as_posix()
-            note = lambda seen: summary.add(name, seen)  # noqa: E731
-        self.outputs.write(job.source, job.image.result(), strips, note)
-        return Outcome(job.source.path, self.outputs.files(job.source))
+            note = partial(self.summary.add, job.source.name.as_posix())
+        files = self.outputs.files(job.source)
+        try:
+            self.outputs.write(job.source, job.image.result(), strips, note)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise OutputError(
+                    f"{self.outputs.folder}: {error.strerror}: make room, then go on with --skip_existing"
+                ) from error
+            reason = f"{job.source}: cannot be written to {files[0]} ({error.strerror}): mend the folder or the name"
+        except (MemoryError, RuntimeError) as error:
+            if not _is_lack_of_memory(error):
+                raise
+            reason = self._too_large(job)
+        else:
+            return Outcome(job.source.path, files)
+        return Outcome(job.source.path, [], reason)
+
+    def _too_large(self, job: _Job) -> str:
+        shape = _shape(job)
+        if shape is not None and self.inference.settings.is_tiled(*shape[:2]):
+            return f"{job.source}: its tiles need more memory than there is: try a smaller --tile, or --batch_size 1"
+        return f"{job.source}: at once it needs more memory than there is: try --tile 1024"
+
+
+class _Backlog:
+    """Outcomes in the inputs' order, and the predictions that wait to be written: no more bytes than a limit.
+
+    Args:
+        writers: What writes them.
+        number: The most predictions that wait.
+    """
+
+    def __init__(self, writers: ThreadPoolExecutor, number: int) -> None:
+        self._writers = writers
+        self._number = number
+        self._outcomes: dict[int, Outcome | Future[Outcome]] = {}
+        self._sizes: dict[Future[Outcome], int] = {}
+        self._following = 0
+
+    def make_room(self, size: int) -> None:
+        """Wait until so many bytes more may be held, or none are."""
+        while self._sizes and (len(self._sizes) >= self._number or sum(self._sizes.values()) + size > _BYTES_BEHIND):
+            for future in wait(self._sizes, return_when=FIRST_COMPLETED).done:
+                del self._sizes[future]
+
+    def submit(self, index: int, size: int, write: Callable[[], Outcome]) -> None:
+        """Let an input's outputs be written, which hold so many bytes until then."""
+        future = self._writers.submit(write)
+        self._outcomes[index] = future
+        self._sizes[future] = size
+
+    def add(self, index: int, outcome: Outcome) -> None:
+        """Take what became of an input."""
+        self._outcomes[index] = outcome
+
+    def settled(self, to_the_end: bool = False) -> Iterator[Outcome]:
+        """Yield what became of the next inputs, as far as it is known, or wait for the rest."""
+        while self._following in self._outcomes:
+            outcome = self._outcomes[self._following]
+            if isinstance(outcome, Future):
+                if not (to_the_end or outcome.done()):
+                    return
+                outcome = outcome.result()
+            del self._outcomes[self._following]
+            self._following += 1
+            yield outcome
 
 
 class _Told:
@@ -266,12 +335,14 @@ def _shape(job: _Job) -> tuple[int, ...] | None:
     return None if job.image.exception() is not None else job.image.result().shape
 
 
-def _done(outcome: Outcome) -> "Future[Outcome]":
-    future: Future[Outcome] = Future()
-    future.set_result(outcome)
-    return future
+def _pixels(size: tuple[int, int] | None) -> int:
+    return size[0] * size[1] if size else 0
+
+
+def _may_read(waiting: Sequence[_Job], size: tuple[int, int] | None, ahead: int) -> bool:
+    bytes_ahead = 3 * (_pixels(size) + sum(job.pixels for job in waiting))
+    return not waiting or (len(waiting) < ahead and bytes_ahead <= _BYTES_AHEAD)
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)

@@ -7,15 +7,17 @@ finds the row. The table is made of the rows of the table before, if there is on
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from seg_attn.data.images import write_bytes
 from seg_attn.errors import InputError
+from seg_attn.prediction.files import whole_file
 from seg_attn.prediction.outputs import Seen
 
 SUMMARY = "summary.csv"
+# A file's name may be any bytes; those that are not UTF-8 are written as they are.
+_TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}
 _FIXED = ["file", "height", "width", "mean_confidence"]
 
 
@@ -39,18 +41,20 @@ class Summary:
         shares = [count / pixels for count in seen.counts]
         row = [name, seen.height, seen.width, seen.confidence, *shares]
         line = "\n" + json.dumps(row) + "\n"  # a line that a killed process left unfinished ends here
-        handle = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        with self._journal.open("ab", buffering=1 << 20) as journal:  # in one piece: several threads add rows
+            journal.write(line.encode())
 
-    def finish(self) -> Path:
+    def recover(self) -> None:
+        """Move the rows that stopped runs left into the table, so that they are older than all that are added."""
+        if self._journals():
+            self.finish()
+
+    def finish(self) -> None:
         """Write the table of all rows, sorted by file, and remove the journals."""
-        journals = sorted(self.folder.glob(".summary.*.journal"))
+        journals = self._journals()
         rows = self._table()
         for journal in journals:
-            for line in journal.read_text(encoding="utf-8").splitlines():
+            for line in journal.read_text(**_TEXT).splitlines():
                 row = _parsed(line)
                 if row is not None and len(row) == len(self.columns):
                     rows[str(row[0])] = [str(value) for value in row]
@@ -58,10 +62,10 @@ class Summary:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(self.columns)
         writer.writerows(rows[name] for name in sorted(rows))
-        write_bytes(self.folder / SUMMARY, buffer.getvalue().encode())
+        with whole_file(self.folder / SUMMARY) as file:
+            file.write(buffer.getvalue().encode(**_TEXT))
         for journal in journals:
             journal.unlink(missing_ok=True)
-        return self.folder / SUMMARY
 
     def check(self) -> None:
         """Refuse to go on with the table of another model.
@@ -71,11 +75,14 @@ class Summary:
         """
         self._table()
 
+    def _journals(self) -> list[Path]:
+        return sorted(self.folder.glob(".summary.*.journal"))
+
     def _table(self) -> dict[str, list[str]]:
         path = self.folder / SUMMARY
         if not path.is_file():
             return {}
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", **_TEXT) as file:
             lines = list(csv.reader(file))
         if not lines or lines[0] != self.columns:
             raise InputError(f"{path} is of other classes: name another --output folder, or remove it")

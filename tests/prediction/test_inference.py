@@ -1,6 +1,8 @@
 """Scales, mirror images, tiles: each against the identity that defines it."""
 
+import gc
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from seg_attn import Predictor
+from seg_attn import DeepLabV3, Predictor, task
 from seg_attn.data.images import normalize
-from seg_attn.prediction.inference import Inference, TileAxis, best_classes
+from seg_attn.data.sample import draw_scene, plan_scenes
+from seg_attn.models.classes import best_classes
+from seg_attn.prediction import inference
+from seg_attn.prediction.inference import Inference, TileAxis
 from seg_attn.prediction.settings import Settings, tile_starts
 
 
@@ -20,19 +25,34 @@ def predictor_of(model, data, **how):
     return Predictor(model, data, device="cpu", **how)
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @given(st.integers(0, 10_000), st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_best_classes_is_the_first_arg_max_and_its_softmax(seed, logits):
+def test_best_classes_is_the_first_arg_max_and_its_softmax(device, seed, logits):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(-3, 4, (2, 5, 7, 9), generator=generator).float()  # few values: ties everywhere
     if not logits:
         scores = scores.softmax(dim=1)
-    classes, confidence = best_classes(scores, logits)
-    values = scores.numpy()
-    assert np.array_equal(classes.numpy(), values.argmax(axis=1))  # NumPy takes the first of equal ones
-    assert torch.equal(classes.long(), scores.argmax(dim=1))
+    classes, confidence = (tensor.cpu() for tensor in best_classes(scores.to(device), logits))
+    assert np.array_equal(classes.numpy(), scores.numpy().argmax(axis=1))  # NumPy takes the first of equal ones
     chances = scores.softmax(dim=1) if logits else scores
     np.testing.assert_allclose(confidence.numpy(), chances.numpy().max(axis=1), rtol=1e-6)
+
+
+def test_fit_test_and_predict_share_the_step_from_logits_to_classes(model, data, photograph, monkeypatch):
+    def last(scores, logits=False):
+        classes, confidence = best_classes(scores, logits)
+        return torch.full_like(classes, 3), confidence
+
+    for module in (task, inference):
+        monkeypatch.setattr(module, "best_classes", last)
+    assert torch.equal(task.predicted_classes(torch.zeros(1, 4, 2, 3)), torch.full((1, 2, 3), 3))
+    assert task.predicted_classes(torch.zeros(1, 4, 2, 3)).dtype == torch.int64  # as labels are
+    assert (predictor_of(model, data)(photograph) == 3).all()
+    assert (predictor_of(model, data, tile=64)(photograph) == 3).all()
 
 
 def test_one_scale_without_mirror_image_is_plain(model, data, photograph):
@@ -108,6 +128,27 @@ def test_tiles_are_seamless(height, width, tile, overlap, batch_size):
     assert sum(counted) == how.number_of_tiles(height, width)
 
 
+class _Watching(nn.Module):
+    """A network of five classes that counts the scores of whole tiles that are in memory when it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = []
+
+    def forward(self, x):
+        tensors = [item for item in gc.get_objects() if type(item) is torch.Tensor and item.shape[-3:] == (5, 64, 64)]
+        self.live.append(len(tensors))
+        return x.mean(dim=1, keepdim=True).expand(-1, 5, -1, -1).clone()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_scores_of_a_tile_are_let_go_before_the_next_is_predicted(batch_size):
+    network = _Watching()
+    asked = Inference(network, [0.5] * 3, [0.3] * 3, Settings(tile=64, overlap=16), torch.device("cpu"))
+    list(asked.strips(np.zeros((150, 200, 3), dtype=np.uint8), True, batch_size))
+    assert network.live == [0] * (12 // batch_size)
+
+
 @given(length=st.integers(1, 500), tile=st.integers(1, 100), share=st.floats(0, 0.99))
 @settings(max_examples=100, deadline=None)
 def test_tiles_cover_a_side_evenly(length, tile, share):
@@ -134,13 +175,47 @@ def test_overlap_brings_tiles_closer_to_the_whole():
     image = np.full((200, 260, 3), 230, dtype=np.uint8)
 
     def probabilities(how):
-        inference = Inference(_Neighbourhood(), [0.5] * 3, [0.3] * 3, how, torch.device("cpu"))
-        return np.concatenate([strip.probabilities for strip in inference.strips(image, True)], axis=1)
+        asked = Inference(_Neighbourhood(), [0.5] * 3, [0.3] * 3, how, torch.device("cpu"))
+        return np.concatenate([strip.probabilities for strip in asked.strips(image, True)], axis=1)
 
     whole = probabilities(Settings())
     none, half = (np.abs(probabilities(Settings(tile=96, overlap=overlap)) - whole) for overlap in (0, 48))
     assert half.max() < 0.3 * none.max()
     assert half.mean() < 0.7 * none.mean()
+
+
+def _scene(seed, size):
+    return draw_scene(plan_scenes(seed + 1, np.random.default_rng(5))[seed], size, np.random.default_rng([5, seed]))
+
+
+@pytest.mark.exhaustive
+def test_share_of_pixels_that_tiles_leave_as_they_are(data):
+    """Tiles see less around a pixel than a network does that was trained for a minute on whole scenes."""
+    torch.manual_seed(0)
+    data = replace(data, class_names=[str(index) for index in range(9)], palette=[[0, 0, 0]] * 9)
+    network = DeepLabV3("resnet18", num_classes=9, decoder_channels=16, atrous_rates=(2, 4, 6)).train()
+    images, masks = zip(*(_scene(seed, (160, 120)) for seed in range(48)), strict=True)
+    inputs = torch.stack([normalize(image, data.mean, data.std) for image in images])
+    labels = torch.from_numpy(np.stack(masks)).long()
+    optimizer = torch.optim.AdamW(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=160)
+    for _ in range(160):
+        chosen = torch.randperm(len(inputs))[:4]
+        optimizer.zero_grad()
+        F.cross_entropy(network(inputs[chosen]), labels[chosen], ignore_index=255).backward()
+        optimizer.step()
+        schedule.step()
+    scenes = [_scene(seed, (480, 360))[0] for seed in (48, 49, 50)]
+    wholes = [predictor_of(network, data)(scene) for scene in scenes]
+    assert len(np.unique(wholes)) > 3
+    shares = {}
+    for tile, overlap in ((480, 120), (240, 0), (240, 120)):
+        predictor = predictor_of(network, data, tile=tile, overlap=overlap)
+        pairs = zip(scenes, wholes, strict=True)
+        shares[tile, overlap] = float(np.mean([predictor(scene) == whole for scene, whole in pairs]))
+        print(f"equal pixels, tiles of {tile} that share {overlap}: {shares[tile, overlap]:.4%}")
+    assert shares[480, 120] == 1
+    assert shares[240, 120] > max(0.9, shares[240, 0])
 
 
 def test_a_batch_holds_images_of_any_sizes(model, data):

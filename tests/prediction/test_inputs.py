@@ -1,5 +1,6 @@
 """What inputs name, and the names their masks will have."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from seg_attn.errors import InputError
-from seg_attn.prediction.inputs import Source, count_frames, find_sources, pixels_of
+from seg_attn.prediction.inputs import Source, count_frames, find_sources, pixels_of, size_of
 
 
 @pytest.fixture
@@ -52,6 +53,10 @@ def test_lists(tree, monkeypatch):
             find_sources([], lists=[tree / name])
     with pytest.raises(InputError, match="cannot be read as a list of files"):
         find_sources(["@" + str(tree)])
+    with pytest.raises(InputError, match=r"a\.png is no text and so no list of files"):
+        find_sources([], lists=[tree / "a.png"])
+    (tree / "bytes.txt").write_bytes(b"caf\xe9.jpg\n")
+    assert os.fsencode(find_sources([], lists=[tree / "bytes.txt"])[0].path) == b"caf\xe9.jpg"
 
 
 def test_videos(tree):
@@ -63,6 +68,7 @@ def test_videos(tree):
     assert count_frames(path) == 3
     found = find_sources([path], videos=True)
     assert found[2] == Source(path, Path("film/000002"), 2)
+    assert size_of(found[2]) == (24, 32)
     assert names(find_sources([tree])) == ["a", "b.v2"]
     assert len(find_sources([tree], videos=True)) == 5
     with pytest.raises(InputError, match=r"film\.avi is a video: add --video"):

@@ -1,6 +1,9 @@
 """What is written: each format read back by another reader than the code that wrote it."""
 
 import json
+import tracemalloc
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +13,11 @@ from PIL import Image
 
 from seg_attn.data.images import read_mask, write_mask
 from seg_attn.draw import contour, legend, overlay
+from seg_attn.errors import InputError
 from seg_attn.prediction.inference import Strip
 from seg_attn.prediction.inputs import Source
 from seg_attn.prediction.outputs import Outputs
-from seg_attn.prediction.png import PngStrips
+from seg_attn.prediction.png import open_png
 from seg_attn.prediction.rle import coco_segments, compress, run_lengths
 
 
@@ -87,7 +91,7 @@ def test_strips_become_one_png(tmp_path, kind, cuts):
         image, how = rng.integers(0, 256, (37, 21, 3), dtype=np.uint8), {}
     else:
         image, how = rng.integers(0, 65536, (37, 21), dtype=np.uint16), {"bits": 16}
-    with PngStrips(tmp_path / "a.png", 21, **how) as png:
+    with open_png(tmp_path / "a.png", 21, **how) as png:
         for rows in np.split(image, np.cumsum(cuts)[:-1]):
             png.write(rows)
             assert not (tmp_path / "a.png").exists()
@@ -102,7 +106,7 @@ def test_strips_become_one_png(tmp_path, kind, cuts):
 
 
 def test_an_error_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="reshape"), PngStrips(tmp_path / "a.png", 3, [[0, 0, 0]]) as png:
+    with pytest.raises(ValueError, match="reshape"), open_png(tmp_path / "a.png", 3, [[0, 0, 0]]) as png:
         png.write(np.zeros((0, 3), dtype=np.uint8))
     assert list(tmp_path.iterdir()) == []
 
@@ -156,6 +160,63 @@ def test_every_output_read_back(tmp_path, data, cuts, probability):
                 assert np.array_equal(np.asarray(page), np.round(chances[index] * 65535))
     assert seen.counts == [(mask == index).sum() for index in range(4)]
     assert seen.confidence == pytest.approx(chances.max(axis=0).mean(dtype=np.float64), rel=1e-6)
+
+
+@pytest.mark.parametrize("probability", ["npz", "tif"])
+def test_probabilities_are_in_memory_once(tmp_path, data, probability):
+    chances = np.tile(np.random.default_rng(0).random(1000, dtype=np.float32), (4, 4000, 1))  # 64 MB, quick to compress
+    mask = np.zeros((4000, 1000), dtype=np.uint8)
+    outputs = Outputs(tmp_path, ("probability",), probability, data)
+    cuts = range(100, 4000, 100)
+    fresh = (replace(strip, probabilities=strip.probabilities.copy()) for strip in _strips(mask, chances, cuts))
+    image = np.zeros((4000, 1000, 3), dtype=np.uint8)
+    tracemalloc.start()
+    outputs.write(Source(tmp_path / "x.jpg", tmp_path / "x"), image, fresh)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.7 * chances.nbytes  # NumPy packs 16 MB at a time
+
+
+def test_a_strip_is_let_go_before_the_next_is_made(tmp_path, data):
+    def strips():
+        for top in range(3):
+            chances = np.full((4, 1, 50), 0.25, dtype=np.float32)
+            strip = Strip(top, np.zeros((1, 50), dtype=np.uint8), chances[0], chances)
+            seen = weakref.ref(chances)
+            del chances
+            yield strip
+            del strip
+            assert seen() is None
+
+    outputs = Outputs(tmp_path, ("mask", "overlay", "contour", "probability", "rle"), "png", data)
+    outputs.write(Source(tmp_path / "x.jpg", tmp_path / "x"), np.zeros((3, 50, 3), dtype=np.uint8), strips())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "probability", "whole", "tiled"),
+    [
+        (("mask",), "npz", 3 + 5, 3),
+        (("mask", "probability"), "npz", 3 + 5 + 16, 3 + 16),
+        (("probability",), "png", 3 + 5 + 16, 3),
+    ],
+)
+def test_bytes_held_per_pixel(tmp_path, data, kinds, probability, whole, tiled):
+    outputs = Outputs(tmp_path, kinds, probability, data)
+    assert outputs.bytes_held(10, 20, tiled=False) == 200 * whole
+    assert outputs.bytes_held(10, 20, tiled=True) == 200 * tiled
+
+
+@pytest.mark.parametrize(
+    ("tiled", "hint"), [(True, "take --probability png"), (False, "take --tile 1024 --probability png")]
+)
+def test_probabilities_too_large_to_be_held(tmp_path, data, tiled, hint):
+    source = Source(tmp_path / "x.jpg", tmp_path / "x")
+    outputs = Outputs(tmp_path, ("probability",), "npz", data)
+    outputs.check_size(source, 1 << 13, 1 << 13, tiled)
+    with pytest.raises(InputError, match=rf"x\.jpg: probabilities of 8193x8192 .* 1\.0 GiB of memory: {hint}, which"):
+        outputs.check_size(source, (1 << 13) + 1, 1 << 13, tiled)
+    for kinds, probability in ((("mask",), "npz"), (("probability",), "png")):
+        Outputs(tmp_path, kinds, probability, data).check_size(source, 1 << 15, 1 << 15, tiled)
 
 
 def test_contour_and_legend():

@@ -1,8 +1,12 @@
 """Many files: order, broken ones, stops at any moment, and what must never be written over."""
 
+import contextlib
 import csv
+import errno
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +15,21 @@ import time
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from seg_attn import Predictor
+from seg_attn import DeepLabV3, Predictor, sharding
+from seg_attn.checkpoint import save_model
 from seg_attn.cli import main
 from seg_attn.data.images import read_image, read_mask
+from seg_attn.data.sample import write_sample
 from seg_attn.errors import InputError
 from seg_attn.predict import predict_files
+from seg_attn.prediction import files, stream
+from seg_attn.prediction.files import HOST
+from seg_attn.prediction.inference import Inference
 from seg_attn.prediction.inputs import find_sources
+from seg_attn.prediction.outputs import Outputs
 
 pytestmark = pytest.mark.filterwarnings("ignore:atrous rate")
 
@@ -109,8 +120,8 @@ def test_every_broken_file_is_named_and_the_others_are_written(trained, tmp_path
         assert float(row["mean_confidence"]) == pytest.approx(expected, rel=1e-5)
 
 
-def _killed_and_restarted(trained, tmp_path, count, broken, kills, window):
-    photographs(tmp_path / "in", count, broken)
+def _killed_and_restarted(trained, tmp_path, kills, window):
+    """Predict `in/` once, and once more with as many stops, each after a number of PNGs more from that range."""
     arguments = ["--ckpt_path", trained, "--input", tmp_path / "in", "--recursive", "--save", "mask,overlay"]
     assert predict(*arguments, "--output", tmp_path / "whole") == 1
     expected = contents(tmp_path / "whole")
@@ -132,11 +143,13 @@ def _killed_and_restarted(trained, tmp_path, count, broken, kills, window):
             process.send_signal(signal.SIGKILL)
         stopped += process.returncode == -signal.SIGKILL
         for name, content in contents(out).items():
-            if not name.rpartition("/")[2].startswith("."):
+            if name == "summary.csv":  # grows with every restart
+                assert set(content.splitlines()) <= set(expected[name].splitlines())
+            elif not name.rpartition("/")[2].startswith("."):
                 assert content == expected[name], name  # whole, or not there
-    assert stopped
+    assert stopped == kills
     # What a killed process may leave behind: the half of a file, and the half of a line.
-    (out / "left" / ".x.png.999999999-abcd.part").write_bytes(b"half")
+    (next(path for path in out.iterdir() if path.is_dir()) / f".{HOST}.999999999-abcd.part").write_bytes(b"half")
     with (out / ".summary.0.journal").open("ab") as journal:
         journal.write(b'["left/00')
     assert predict(*arguments, "--output", out, "--skip_existing") == 1
@@ -145,16 +158,47 @@ def _killed_and_restarted(trained, tmp_path, count, broken, kills, window):
 
 
 def test_killed_and_restarted_gives_the_same_folder(trained, tmp_path):
-    expected = _killed_and_restarted(trained, tmp_path, count=40, broken=8, kills=2, window=(8, 24))
-    assert len([name for name in expected if name.endswith("_overlay.png")]) == 32
+    photographs(tmp_path / "in", 88, 8)
+    expected = _killed_and_restarted(trained, tmp_path, kills=2, window=(8, 24))
+    assert len([name for name in expected if name.endswith("_overlay.png")]) == 80
+
+
+@pytest.fixture
+def pictures(tmp_path, request):
+    """JPEGs of 16 sample scenes, and of 32 photographs of CamVid where they are, scaled down."""
+    devkit = write_sample(tmp_path / "sample", train=15, val=1)
+    paths = sorted((devkit / "JPEGImages").glob("*.jpg"))
+    with contextlib.suppress(pytest.skip.Exception):
+        for path in sorted((request.getfixturevalue("real_data") / "camvid" / "val").glob("*.jpg"))[::3][:32]:
+            with Image.open(path) as photograph:
+                photograph.thumbnail((160, 160))
+                photograph.save(tmp_path / path.name, quality=90)
+            paths.append(tmp_path / path.name)
+    return paths
 
 
 @pytest.mark.exhaustive
-def test_a_thousand_images_killed_five_times(trained, tmp_path, capsys):
-    expected = _killed_and_restarted(trained, tmp_path, count=1000, broken=12, kills=5, window=(100, 500))
-    assert len([name for name in expected if name.endswith(".png") and "_overlay" not in name]) == 988
+def test_a_thousand_images_killed_five_times(data, pictures, tmp_path, capsys):
+    torch.manual_seed(0)
+    network = DeepLabV3("resnet18", num_classes=4, output_stride=32, decoder_channels=16)
+    network.classifier.weight.data *= 20
+    save_model(tmp_path / "model.ckpt", network, data)
+    paths = [tmp_path / "in" / str(index % 7) / f"{index:04d}.jpg" for index in range(1000)]
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures[index % len(pictures)], path)
+    broken = random.Random(0).sample(paths, 12)
+    for way, path in enumerate(broken):
+        break_file(path, way)
+    expected = _killed_and_restarted(tmp_path / "model.ckpt", tmp_path, kills=5, window=(150, 330))
+    masks = {name for name in expected if name.endswith(".png") and "_overlay" not in name}
+    good = [path.relative_to(tmp_path / "in").with_suffix(".png").as_posix() for path in paths if path not in broken]
+    assert len(good) == 988
+    assert masks == set(good)
+    assert len({expected[name] for name in masks}) > len(pictures) / 2  # masks of their own
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 24  # 12 of the whole run, 12 of the last restart
+    assert all(sum(f"{path}: " in line for line in errors) == 2 for path in broken)
 
 
 def test_nothing_is_written_over_silently(trained, tmp_path, capsys):
@@ -300,3 +344,200 @@ def test_a_summary_of_other_classes_is_not_mixed_in(trained, tmp_path, capsys):
     predictor = Predictor.from_checkpoint(trained, device="cpu")
     with pytest.raises(InputError, match=r"summary\.csv is of other classes"):
         predict_files(predictor, find_sources([tmp_path / "in" / "right"]), tmp_path / "out", summary=True)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_split(model, data, tmp_path):
+    """The allocator of the processor refuses batches, and images of 40 x 40 even alone."""
+    paths, _ = photographs(tmp_path / "in", 6, 0)
+    shutil.copy(paths[0], paths[3])  # a third one of its size
+    seen = []
+
+    def hook(_, arguments):
+        seen.append(tuple(arguments[0].shape))
+        if len(arguments[0]) > 1 or arguments[0].shape[-2:] == (40, 40):
+            torch.empty(1 << 47)
+
+    handle = model.register_forward_pre_hook(hook)
+    predictor = Predictor(model, data, device="cpu")
+    counted = []
+    outcomes = list(predict_files(predictor, paths, tmp_path / "out", batch_size=3, advance=counted.append))
+    handle.remove()
+    assert max(shape[0] for shape in seen) > 1
+    assert sum(counted) == 6
+    for path, outcome in zip(paths, outcomes, strict=True):
+        if read_image(path).shape[0] == 40:
+            assert outcome.error == f"{path}: at once it needs more memory than there is: try --tile 1024"
+        else:
+            assert np.array_equal(read_mask(outcome.written[0]), predictor(path))
+
+
+def test_tiles_that_do_not_fit_into_memory(model, data, tmp_path):
+    Image.new("RGB", (100, 90)).save(tmp_path / "a.png")
+    handle = model.register_forward_pre_hook(lambda *_: torch.empty(1 << 47))
+    counted = []
+    predictor = Predictor(model, data, device="cpu", tile=64)
+    outcome = next(predict_files(predictor, [tmp_path / "a.png"], tmp_path / "out", advance=counted.append))
+    handle.remove()
+    assert "its tiles need more memory than there is: try a smaller --tile" in outcome.error
+    assert sum(counted) == 4
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_another_error_of_the_network_is_not_hidden(model, data, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    handle = model.register_forward_pre_hook(lambda *_: torch.zeros(2) + torch.zeros(3))
+    predictor = Predictor(model, data, device="cpu")
+    with pytest.raises(RuntimeError, match="must match the size"):
+        list(predict_files(predictor, [tmp_path / "a.png"], tmp_path / "out"))
+    handle.remove()
+
+
+def test_what_waits_to_be_written_is_bounded_by_its_bytes(model, data, tmp_path, monkeypatch):
+    """Writing takes longer than predicting: the network waits as soon as two predictions do."""
+    for index in range(8):
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{index}.png")
+    paths = sorted(tmp_path.glob("*.png"))
+    outputs = Outputs(tmp_path / "out", ("probability",), "npz", data)
+    monkeypatch.setattr(stream, "_BYTES_BEHIND", 2 * outputs.bytes_held(20, 30, tiled=False))
+    counts = {"predicted": 0, "written": 0}
+    waiting = []
+    whole, write = Inference.whole, Outputs.write
+
+    def slow(*arguments):
+        time.sleep(0.05)
+        write(*arguments)
+        counts["written"] += 1
+
+    def watched(*arguments):
+        waiting.append(counts["predicted"] - counts["written"])
+        counts["predicted"] += 1
+        return whole(*arguments)
+
+    monkeypatch.setattr(Outputs, "write", slow)
+    monkeypatch.setattr(Inference, "whole", watched)
+    predictor = Predictor(model, data, device="cpu")
+    assert all(outcome.error is None for outcome in predict_files(predictor, paths, tmp_path / "out", ("probability",)))
+    assert len(waiting) == 8
+    assert max(waiting) == 1
+
+
+def test_names_that_are_not_utf8(trained, tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"photos\xff")
+    folder.mkdir()
+    for name in (b"caf\xe9.jpg", b"b.jpg"):
+        Image.new("RGB", (20, 20)).save(folder / os.fsdecode(name), "JPEG")
+    out = tmp_path / os.fsdecode(b"masks\xff")
+    base = ["--ckpt_path", trained, "--input", folder, "--output", out, "--save", "mask,rle"]
+    assert predict(*base) == 0
+    assert "masks\\xff" in capsys.readouterr().out
+    assert b"\ncaf\xe9," in (out / "summary.csv").read_bytes()
+    described = json.loads((out / os.fsdecode(b"caf\xe9_rle.json")).read_text())
+    assert os.fsencode(described["file"]) == b"caf\xe9.jpg"
+    before = contents(out)
+    assert not [name for name in before if name.startswith(".")]
+    (out / "b.png").unlink()
+    assert predict(*base, "--skip_existing") == 0  # the table is read back, and written again
+    assert contents(out) == before
+
+
+def test_long_names(trained, tmp_path, capsys):
+    for stem in ("a" * 250, "b" * 200):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{stem}.jpg")
+    base = ["--ckpt_path", trained, "--input", f"{tmp_path}/*.jpg"]
+    assert predict(*base, "--output", tmp_path / "one") == 0
+    assert {len(name) for name in contents(tmp_path / "one")} == {254, 204, len("summary.csv")}
+    capsys.readouterr()
+    assert predict(*base, "--output", tmp_path / "two", "--save", "mask,overlay") == 1
+    said = capsys.readouterr()
+    assert "1 of 2 images predicted" in said.out
+    assert said.err.count("File name too long") == 1
+    assert set(contents(tmp_path / "two")) == {f"{'b' * 200}.png", f"{'b' * 200}_overlay.png", "summary.csv"}
+    assert (tmp_path / "two" / "summary.csv").read_text().count("\n") == 2
+    assert predict(*base, "--output", tmp_path / "two", "--save", "mask,overlay", "--skip_existing") == 1
+
+
+def test_one_that_cannot_be_written_does_not_stop_the_others(trained, tmp_path, capsys):
+    photographs(tmp_path / "in", 6, 0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "left").touch()  # a file where a folder must be
+    base = ["--ckpt_path", trained, "--input", tmp_path / "in", "--recursive", "--output", tmp_path / "out"]
+    assert predict(*base) == 1
+    said = capsys.readouterr()
+    assert said.err.count("left/0001.jpg: cannot be written to") == 1
+    assert "3 of 6 images predicted" in said.out
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("tile", [[], ["--tile", "32"]], ids=["whole", "tiles"])
+def test_a_full_disk_ends_the_run_in_one_line(trained, tmp_path, capsys, monkeypatch, devices, tile):
+    photographs(tmp_path / "in", 6, 0)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(sharding, "Fabric", _FabricOfOneProcess)
+    base = ["--ckpt_path", trained, "--input", tmp_path / "in" / "left", "--output", tmp_path / "out"]
+    assert predict(*base, *tile, "--devices", devices) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"error: {tmp_path / 'out'}: No space left on device: make room, then go on with --skip_existing"]
+    assert all(name.startswith(".summary.") for name in contents(tmp_path / "out"))
+
+
+class _FabricOfOneProcess:
+    """Lightning's Fabric, but rank after rank in this process."""
+
+    def __init__(self, accelerator, devices, strategy):
+        self.device, self.world_size, self.global_rank = torch.device(accelerator), devices, 0
+
+    def launch(self, function):
+        for rank in range(self.world_size):
+            self.global_rank = rank
+            function(self)
+
+
+@pytest.mark.parametrize("how", [["--output_stride", "7"], ["--ckpt_path", "less.ckpt"]])
+def test_several_processes_are_not_started_in_vain(trained, tmp_path, capsys, monkeypatch, how):
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(trained, weights_only=True)
+    del content["state_dict"]["model.classifier.weight"]
+    torch.save(content, tmp_path / "less.ckpt")
+    photographs(tmp_path / "in", 2, 0)
+    base = ["--ckpt_path", trained, "--input", tmp_path / "in", "--recursive", "--output", tmp_path / "out"]
+    assert predict(*base, "--devices", "2", *how) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "Traceback" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_stopped_run_are_older_than_those_of_the_next(trained, tmp_path):
+    """A run of four processes that was killed leaves four journals; the next run has one."""
+    photographs(tmp_path / "in", 6, 0)
+    base = ["--ckpt_path", trained, "--input", tmp_path / "in", "--recursive"]
+    assert predict(*base, "--output", tmp_path / "fresh") == 0
+    out = tmp_path / "out"
+    out.mkdir()
+    for rank in range(4):
+        row = json.dumps([f"left/{2 * rank + 1:04d}", 1, 1, 0.5, 0, 0, 0, 1])
+        (out / f".summary.{rank}.journal").write_text(f"\n{row}\n")
+    assert predict(*base, "--output", out, "--overwrite") == 0
+    rows = (out / "summary.csv").read_text().splitlines()
+    assert "left/0007,1,1,0.5,0,0,0,1" in rows  # of an image that this run did not have
+    rows.remove("left/0007,1,1,0.5,0,0,0,1")
+    assert rows == (tmp_path / "fresh" / "summary.csv").read_text().splitlines()
+    assert not list(out.glob(".*"))
+
+
+def test_input_may_be_given_more_than_once(trained, tmp_path):
+    photographs(tmp_path / "in", 6, 0)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{tmp_path}/{name}.png\n")
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png")
+    base = ["--ckpt_path", trained, "--output", tmp_path / "out", "--skip_existing"]
+    for _ in range(2):  # nothing is kept from call to call
+        inputs = ["--input", tmp_path / "in" / "left", "--input", tmp_path / "in" / "right"]
+        assert predict(*base, *inputs, "--list", tmp_path / "a.txt", "--list", tmp_path / "b.txt") == 0
+        assert len(list((tmp_path / "out").glob("*.png"))) == 8
+    assert predict(*base, "--input", tmp_path / "a.png", "--output", tmp_path / "other") == 0
+    assert [path.name for path in (tmp_path / "other").glob("*.png")] == ["a.png"]
