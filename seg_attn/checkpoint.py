@@ -8,7 +8,7 @@ import inspect
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from seg_attn.models.pretrained import check_keys, read_torch_file, weights_foll
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MODEL_PREFIX = "model."
+TRAINING = ("global_step", "callbacks", "lr_schedulers")
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ class Checkpoint:
         hyper_parameters: Those of the run, flat; a `DeepLabV3`'s arguments among them.
         state_dict: The weights of the task; the model's under `model.`.
         data: What the model was trained on.
+        training: What Lightning kept of the training besides, by its names: steps, callbacks, schedules.
     """
 
     path: Path
     hyper_parameters: Mapping[str, Any]
     state_dict: Mapping[str, Tensor]
     data: DataInfo
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def model_arguments(self) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def load_checkpoint(path: str | PathLike[str]) -> Checkpoint:
         hyper_parameters=dict(hyper_parameters),
         state_dict=state,
         data=DataInfo(**data) if data else DataInfo.default(int(hyper_parameters["num_classes"])),
+        training={name: content.get(name) for name in TRAINING},
     )
 
 

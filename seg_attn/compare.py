@@ -5,11 +5,13 @@ it, and for every difference to the baseline row an interval over images (`seg_a
 `Predictor`, so that a row equals both `test` at its output stride and the masks of `predict`.
 """
 
+import os
 import statistics
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from seg_attn.boundaries import boundary_counts
-from seg_attn.checkpoint import Checkpoint, load_checkpoint
+from seg_attn.checkpoint import Checkpoint, DataInfo, load_checkpoint, save_model
 from seg_attn.data.datamodules import SegmentationDataModule
 from seg_attn.data.dataset import EvalBatches, SegmentationDataset
 from seg_attn.data.images import VOID, UInt8Array
@@ -28,61 +30,35 @@ from seg_attn.errors import InputError
 from seg_attn.memory import peak_memory
 from seg_attn.metrics import iou_from_confusion
 from seg_attn.models.deeplabv3 import DeepLabV3
-from seg_attn.models.pretrained import read_torch_file
 from seg_attn.predict import Predictor
+from seg_attn.prediction.settings import Settings
 from seg_attn.report import percent, signed
+from seg_attn.seeds import recipes
 from seg_attn.statistics import REPLICATES, Counts, Difference, Int64Array, paired_difference, verdict
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif")
-FULL_PRECISION = "float32"
+_PLAIN = Settings()
 
 Warn = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Mode:
-    """How a checkpoint is run, besides its output stride.
+def describe(mode: Settings) -> str:
+    """Say what sets a mode apart from plain prediction; empty for that itself.
 
-    Attributes:
-        scales: Scales whose probabilities are averaged.
-        flip: Whether the mirrored image is averaged too.
-        tile: Side of the tiles; None predicts whole images.
-        overlap: Pixels that tiles share; None leaves it to the predictor.
-        precision: "float32" or "bfloat16".
+    Examples:
+        >>> describe(Settings()), describe(Settings(scales=(0.75, 1.0), flip=True))
+        ('', 'scales 0.75 1 + flip')
     """
-
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    tile: int | None = None
-    overlap: int | None = None
-    precision: str = FULL_PRECISION
-
-    @property
-    def label(self) -> str:
-        """What sets it apart from plain prediction; empty for that itself.
-
-        Examples:
-            >>> Mode().label, Mode(scales=(0.75, 1.0), flip=True).label
-            ('', 'scales 0.75 1 + flip')
-        """
-        parts = []
-        if self.scales != (1.0,):
-            parts.append(f"scales {' '.join(f'{scale:g}' for scale in self.scales)}")
-        if self.flip:
-            parts.append("flip")
-        if self.tile is not None:
-            parts.append(f"tile {self.tile}" + ("" if self.overlap is None else f" overlap {self.overlap}"))
-        if self.precision != FULL_PRECISION:
-            parts.append(self.precision)
-        return " + ".join(parts)
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `Predictor.from_checkpoint` that differ from its defaults."""
-        return {name: value for name, value in vars(self).items() if value != getattr(_PLAIN, name)}
-
-
-_PLAIN = Mode()
+    parts = []
+    if mode.scales != _PLAIN.scales:
+        parts.append(f"scales {' '.join(f'{scale:g}' for scale in mode.scales)}")
+    if mode.flip:
+        parts.append("flip")
+    if mode.tile is not None:
+        parts.append(f"tile {mode.tile}" + ("" if mode.overlap is None else f" overlap {mode.overlap}"))
+    if mode.precision != _PLAIN.precision:
+        parts.append(mode.precision)
+    return " + ".join(parts)
 
 
 def modes(
@@ -91,25 +67,29 @@ def modes(
     tile: int | None = None,
     overlap: int | None = None,
     precisions: Sequence[str] = (),
-) -> list[Mode]:
-    """List the modes that every checkpoint and output stride is run in.
+) -> list[Settings]:
+    """List the modes that every checkpoint and output stride is run in: how, besides its output stride.
 
-    Plain prediction always; then one for each argument given; scales and flip also together. Nothing else is combined.
+    Plain prediction always; then one for each argument given; scales and flip also together. Nothing else is combined,
+    and no mode is listed twice.
+
+    Raises:
+        ValueError: If a value is out of its range; see `Settings`.
 
     Examples:
-        >>> [mode.label for mode in modes(scales=(0.5, 1.0), flip=True, precisions=["bfloat16"])]
+        >>> [describe(mode) for mode in modes(scales=(0.5, 1.0), flip=True, precisions=["bf16"])]
         ['', 'scales 0.5 1', 'flip', 'scales 0.5 1 + flip', 'bfloat16']
     """
     found = [_PLAIN]
     if scales is not None:
-        found.append(Mode(scales=tuple(scales)))
+        found.append(Settings(scales=tuple(scales)))
     if flip:
-        found.append(Mode(flip=True))
+        found.append(Settings(flip=True))
     if scales is not None and flip:
-        found.append(Mode(scales=tuple(scales), flip=True))
-    if tile is not None:
-        found.append(Mode(tile=tile, overlap=overlap))
-    found += [Mode(precision=precision) for precision in precisions]
+        found.append(Settings(scales=tuple(scales), flip=True))
+    if tile is not None or overlap is not None:
+        found.append(Settings(tile=tile, overlap=overlap))
+    found += [Settings(precision=precision) for precision in precisions]
     return list(dict.fromkeys(found))
 
 
@@ -128,18 +108,20 @@ class Setting:
     name: str
     checkpoint: Checkpoint | None = None
     output_stride: int | None = None
-    mode: Mode = _PLAIN
+    mode: Settings = _PLAIN
     predictions: Path | None = None
 
-    def arguments(self, device: str) -> dict[str, Any]:
-        """The arguments of `Predictor.from_checkpoint` besides the path."""
-        return {"output_stride": self.output_stride, "device": device, **self.mode.arguments}
+    def predictor(self, device: str) -> Predictor:
+        """Build the predictor from the weights in memory: the file may be another one by now."""
+        assert self.checkpoint is not None
+        model = self.checkpoint.build_model(self.output_stride)
+        return Predictor(model, self.checkpoint.data, device, **asdict(self.mode))
 
 
 def settings(
     checkpoints: Sequence[Path],
     output_strides: Sequence[int] = (),
-    chosen_modes: Sequence[Mode] = (_PLAIN,),
+    chosen_modes: Sequence[Settings] = (_PLAIN,),
     predictions: Sequence[Path] = (),
 ) -> list[Setting]:
     """List checkpoints × output strides × modes, and then the folders of masks, each with a name of its own.
@@ -168,7 +150,7 @@ def settings(
         checkpoint = load_checkpoint(path)
         for stride in output_strides or [int(checkpoint.hyper_parameters.get("output_stride", 16))]:
             for mode in chosen_modes:
-                name = f"{stride}, {mode.label}" if mode.label else str(stride)
+                name = ", ".join(filter(None, (str(stride), describe(mode))))
                 if len(checkpoints) > 1:
                     name = f"{short} at {name}"
                 found.append(Setting(name, checkpoint, stride, mode))
@@ -180,7 +162,7 @@ def settings(
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Name paths by what sets them apart: the parts that they do not share at either end.
+    """Name paths by what sets them apart: the parts that they do not share at either end; fit to print.
 
     Examples:
         >>> short_names([Path("runs/fit/version_0/best.ckpt"), Path("runs/fit/version_1/best.ckpt")])
@@ -190,14 +172,24 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     """
     parts = [(*path.parts[:-1], path.stem if path.is_file() or path.suffix == ".ckpt" else path.name) for path in paths]
     if len(parts) < 2:
-        return [names[-1] for names in parts]
+        return [printable(names[-1]) for names in parts]
     shortest = min(map(len, parts))
     start, end = 0, 0
     while start < shortest - 1 and len({names[start] for names in parts}) == 1:
         start += 1
     while end < shortest - start - 1 and len({names[-1 - end] for names in parts}) == 1:
         end += 1
-    return ["/".join(names[start : len(names) - end]) for names in parts]
+    return [printable("/".join(names[start : len(names) - end])) for names in parts]
+
+
+def printable(path: str | Path) -> str:
+    r"""Write a path as text that any stream takes: bytes of a file's name that are no UTF-8 as `\xNN`.
+
+    Examples:
+        >>> print(printable("caf\udce9.jpg"))
+        caf\xe9.jpg
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @dataclass
@@ -339,10 +331,9 @@ class Comparison:
 
     def _seeds(self) -> list[dict[str, Any] | None]:
         """For each row, mean and deviation over the checkpoints that are seeds of one recipe in one setting."""
-        recipes = _recipes([row.setting.checkpoint for row in self.rows])
         keys = [
             None if recipe is None else (recipe, row.setting.output_stride, row.setting.mode)
-            for recipe, row in zip(recipes, self.rows, strict=True)
+            for recipe, row in zip(recipes([row.setting.checkpoint for row in self.rows]), self.rows, strict=True)
         ]
         found: list[dict[str, Any] | None] = []
         for key in keys:
@@ -368,6 +359,7 @@ class Comparison:
         paired = len(pairs) == len(members) and not same
         return {
             "checkpoints": len(members),
+            "names": [row.setting.name.rpartition(" at ")[0] for row in members],
             "miou_mean": statistics.fmean(mious),
             "miou_std": statistics.stdev(mious),
             "compared_to": baseline.name.rpartition(" at ")[2] if paired else None,
@@ -399,12 +391,14 @@ def seed_lines(records: Sequence[Mapping[str, Any]]) -> list[str]:
         records: See `Comparison.records`.
     """
     lines = []
+    several = len({tuple(record["seeds"]["names"]) for record in records if record["seeds"]}) > 1
     for record in records:
         if (seeds := record["seeds"]) is None:
             continue
         setting = str(record["name"]).rpartition(" at ")[2]
+        which = f" ({', '.join(seeds['names'])})" if several else ""
         line = (
-            f"over {seeds['checkpoints']} training runs at {setting}: mIoU {percent(seeds['miou_mean'])} ± "
+            f"over {seeds['checkpoints']} training runs{which} at {setting}: mIoU {percent(seeds['miou_mean'])} ± "
             f"{percent(seeds['miou_std'])} (mean ± standard deviation)"
         )
         if seeds["difference_mean"] is not None:
@@ -444,16 +438,19 @@ def compare(
     data.prepare_data()
     data.setup("test")
     dataset = data.dataset(data.test_split)
-    for setting in chosen:
-        _check_classes(setting, data, warn)
+    _check_checkpoints(chosen, data, warn)
+    images = [pair.image for pair in dataset.pairs]
+    found = {setting.name: _find_masks(setting.predictions, images) for setting in chosen if setting.predictions}
     sizes = _sizes(dataset)
-    rows = []
-    for number, setting in enumerate(chosen, start=1):
+    by_name: dict[str, Row] = {}
+    # Masks come first: one that is wrong is found before hours go into networks.
+    for number, setting in enumerate(sorted(chosen, key=lambda setting: setting.predictions is None), start=1):
         label = f"[{number}/{len(chosen)}] {setting.name}"
-        if setting.checkpoint is None:
-            rows.append(_read_masks(setting, dataset, data, label))
+        if setting.name in found:
+            by_name[setting.name] = _read_masks(setting, found[setting.name], dataset, data, label)
         else:
-            rows.append(_predict(setting, setting.checkpoint, dataset, data, sizes, label, device, warn))
+            by_name[setting.name] = _predict(setting, dataset, data, sizes, label, device, warn)
+    rows = [by_name[name] for name in names]
     first = 0 if baseline is None else names.index(baseline)
     counts = [Counts.of(row.confusion) for row in rows]
     return Comparison(
@@ -503,7 +500,6 @@ class _Counter:
 
 def _predict(
     setting: Setting,
-    checkpoint: Checkpoint,
     dataset: SegmentationDataset,
     data: SegmentationDataModule,
     sizes: Sequence[tuple[int, int]],
@@ -511,8 +507,7 @@ def _predict(
     device: str,
     warn: Warn,
 ) -> Row:
-    arguments = setting.arguments(device)
-    predictor = Predictor.from_checkpoint(checkpoint.path, **arguments)
+    predictor = setting.predictor(device)
     place = predictor.device
     counter = _Counter(len(dataset), data.num_classes)
     predictor(dataset.load(0)[0])  # the first one is slower than the others
@@ -523,7 +518,7 @@ def _predict(
         for batch in EvalBatches(dataset, data.eval_batch_size).batches:
             images, targets = zip(*_labelled(dataset, batch), strict=True)
             start = time.perf_counter()
-            masks = [predictor(images[0])] if len(batch) == 1 else predictor.batch(images)
+            masks = predictor.batch(images, len(batch))
             seconds.append(time.perf_counter() - start)
             for index, target, mask in zip(batch, targets, masks, strict=True):
                 counter.add(index, target, mask)
@@ -536,11 +531,11 @@ def _predict(
     if place.type == "cuda":
         memory: int | None = torch.cuda.max_memory_allocated(place)
     else:
-        memory = peak_memory(checkpoint.path, dataset.pairs[largest].image, arguments, torch.get_num_threads())
+        memory = _peak_memory(setting, predictor, dataset.pairs[largest].image)
         if memory is None:
             warn(f"{setting.name}: peak memory could not be measured")
     with torch.device("meta"):
-        network = DeepLabV3(**{**checkpoint.model_arguments, "aux_head": False, "backbone_weights": None})
+        network = DeepLabV3(**{**predictor.model.config, "aux_head": False, "backbone_weights": None})
     return counter.row(
         setting,
         device=str(place),
@@ -551,6 +546,14 @@ def _predict(
         gflops_size=sizes[typical],
         parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
+
+
+def _peak_memory(setting: Setting, predictor: Predictor, image: Path) -> int | None:
+    """Measure another process on a copy of the weights: the file that they came from may hold others by now."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "weights.ckpt"
+        save_model(copy, predictor.model, predictor.data)
+        return peak_memory(copy, image, asdict(setting.mode), torch.get_num_threads())
 
 
 def _labelled(dataset: SegmentationDataset, batch: Sequence[int]) -> Iterator[tuple[UInt8Array, UInt8Array]]:
@@ -571,9 +574,9 @@ def _sizes(dataset: SegmentationDataset) -> list[tuple[int, int]]:
     return sizes
 
 
-def _read_masks(setting: Setting, dataset: SegmentationDataset, data: SegmentationDataModule, label: str) -> Row:
-    assert setting.predictions is not None
-    found = _find_masks(setting.predictions, [pair.image for pair in dataset.pairs])
+def _read_masks(
+    setting: Setting, found: Sequence[Path], dataset: SegmentationDataset, data: SegmentationDataModule, label: str
+) -> Row:
     reader = _mask_reader(data)
     counter = _Counter(len(dataset), data.num_classes)
     with Progress(label, len(dataset)) as progress:
@@ -637,55 +640,34 @@ def _shared_parents(mask: Path, image: Path) -> int:
     return depth
 
 
-def _check_classes(setting: Setting, data: SegmentationDataModule, warn: Warn) -> None:
-    if setting.checkpoint is None:
-        return
-    info, path = setting.checkpoint.data, setting.checkpoint.path
+def _check_checkpoints(chosen: Sequence[Setting], data: SegmentationDataModule, warn: Warn) -> None:
+    """Compare each checkpoint's classes with the data's, and see that its weights make a network."""
+    checkpoints = [setting.checkpoint for setting in chosen if setting.checkpoint is not None]
+    for checkpoint in {checkpoint.path: checkpoint for checkpoint in checkpoints}.values():
+        _check_data(checkpoint.path, checkpoint.data, data, warn)
+        checkpoint.build_model()
+
+
+def _check_data(path: Path, info: DataInfo, data: SegmentationDataModule, warn: Warn) -> None:
     if len(info.class_names) != data.num_classes:
         raise InputError(
             f"{path} has {len(info.class_names)} classes and the data {data.num_classes} "
             f"({', '.join(data.class_names)}): compare checkpoints of these data, or name theirs"
         )
+    if info.class_names != DataInfo.default(data.num_classes).class_names:  # which say nothing
+        pairs = zip(info.class_names, data.class_names, strict=True)
+        if differing := [(index, *names) for index, names in enumerate(pairs) if names[0] != names[1]]:
+            index, own, given = differing[0]
+            more = f" (and {len(differing) - 1} more)" if differing[1:] else ""
+            warn(
+                f"{path}: class {index} is {own!r} to the checkpoint and {given!r} in the data{more}; "
+                "unless that is another name for the same, its row counts the wrong pixels"
+            )
     if (list(info.mean), list(info.std)) != (list(data.mean), list(data.std)):
         warn(
             f"{path}: images are normalised as in its training (mean {info.mean}, std {info.std}), "
             f"not as the data say (mean {data.mean}, std {data.std})"
         )
-
-
-# --- seeds -----------------------------------------------------------------------------------------------------------
-
-
-def _recipes(checkpoints: Sequence[Checkpoint | None]) -> list[str | None]:
-    """A text per checkpoint that is equal for different runs of one recipe; None where a run occurs twice.
-
-    Runs are told apart by the folder that their training wrote checkpoints into: best and last of one run are no seeds.
-    """
-    runs: dict[str, dict[str, set[Path]]] = {}
-    recipes: list[str | None] = []
-    for checkpoint in checkpoints:
-        if checkpoint is None:
-            recipes.append(None)
-            continue
-        recipe = repr(sorted(_plain(checkpoint.hyper_parameters).items()))
-        folder = _run_folder(checkpoint.path)
-        runs.setdefault(recipe, {}).setdefault(folder or str(checkpoint.path), set()).add(checkpoint.path)
-        recipes.append(recipe)
-    mixed = {recipe for recipe, folders in runs.items() if any(len(paths) > 1 for paths in folders.values())}
-    return [None if recipe in mixed else recipe for recipe in recipes]
-
-
-def _run_folder(path: Path) -> str | None:
-    callbacks = read_torch_file(path).get("callbacks")
-    states = callbacks.values() if isinstance(callbacks, Mapping) else []
-    folders = [state["dirpath"] for state in states if isinstance(state, Mapping) and state.get("dirpath")]
-    return str(folders[0]) if folders else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _known(value: float) -> float | None:

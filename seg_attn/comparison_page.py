@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from seg_attn.compare import Comparison, seed_lines, unpack
+from seg_attn.compare import Comparison, printable, seed_lines, unpack
 from seg_attn.data.images import VOID, UInt8Array
 from seg_attn.report import figure, percent, signed
 
@@ -216,7 +216,7 @@ def _browse(comparison: Comparison, index: int, share: float) -> dict[str, Any]:
     labelled = target != VOID
     right = [(mask == target) & labelled for mask in masks]
     return {
-        "name": comparison.dataset.pairs[index].image.name,
+        "name": printable(comparison.dataset.pairs[index].image.name),
         "share": share,
         "size": [target.shape[1], target.shape[0]],
         "photograph": _photograph(photograph),

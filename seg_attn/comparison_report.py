@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def write_comparison(comparison: Comparison, folder: Path, title: str, images: i
         "compare.html": page(comparison, records, title, images),
     }
     for name, text in texts.items():
-        write_bytes(folder / name, text.encode())
+        # A file's name may hold bytes that are no UTF-8; in JSON their escapes read back as they were.
+        write_bytes(folder / name, text.encode(errors="backslashreplace"))
     return [folder / name for name in texts]
 
 
@@ -73,47 +74,82 @@ def _cell(value: Any) -> Any:
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the tables and what they show; as wide as the terminal, or as they need where there is none."""
+    """Print the tables and what they show; as wide as the terminal, or as they need where there is none.
+
+    Where a terminal is too narrow for the first table, its last columns are left out; the second is cut into several.
+    """
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=_PLAIN_WIDTH, no_color=True, highlight=False)
     records = comparison.records()
-    console.print(_main_table(records))
-    console.print(_class_table(records, comparison.class_names))
+    columns = len(_COLUMNS)
+    while columns > _ESSENTIAL and not _fits(_main_table(records, columns), console):
+        columns -= 1
+    console.print(_main_table(records, columns))
+    if left_out := [head for head, _ in _COLUMNS[columns:]]:
+        console.print(Text(f"no room for {', '.join(left_out)}: compare.csv has them\n"))
+    start = 0
+    while start < len(records):
+        end = len(records)
+        while end > start + 1 and not _fits(_class_table(records[start:end], comparison.class_names), console):
+            end -= 1
+        console.print(_class_table(records[start:end], comparison.class_names))
+        start = end
     for line in comparison.verdicts():
         console.print(Text(line))
     for line in seed_lines(records):
         console.print(Text(line))
 
 
-def _main_table(records: Sequence[Mapping[str, Any]]) -> Table:
+def _fits(table: Table, console: Console) -> bool:
+    """Whether a console is wide enough for a table whose names are wrapped and whose figures are not."""
+    return console.measure(table, options=console.options.update(width=10_000)).minimum <= console.width
+
+
+def _difference(record: Mapping[str, Any]) -> str:
+    return "baseline" if record["baseline"] else signed(record["difference"])
+
+
+def _interval(record: Mapping[str, Any]) -> str:
+    return "" if record["baseline"] else " to ".join(map(signed, record["ci95"]))
+
+
+# Heading and text, the most important first.
+_COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("mIoU", lambda record: percent(record["miou"])),
+    ("difference", _difference),
+    ("95 % interval", _interval),
+    ("ms", lambda record: figure(record["latency_ms"], 1)),
+    ("GFLOPs", lambda record: figure(record["gflops"], 2)),
+    ("MiB", lambda record: figure(record["peak_memory_bytes"], 0, 2**20)),
+    ("boundary", lambda record: percent(record["boundary_miou"])),
+    ("img/s", lambda record: figure(record["images_per_s"], 1)),
+    ("M param.", lambda record: figure(record["parameters"], 2, 1e6)),
+)
+_ESSENTIAL = 3
+_NAME_WIDTH, _HEAD_WIDTH = 24, 12
+
+
+def _main_table(records: Sequence[Mapping[str, Any]], columns: int) -> Table:
     table = Table(box=SIMPLE_HEAD, title=f"{records[0]['images']:,} images", title_justify="left")
-    table.add_column("setting")
-    for head in ("mIoU", "difference", "95 % interval", "boundary", "img/s", "ms", "MiB", "GFLOPs", "M param."):
-        table.add_column(head, justify="right", no_wrap=True)
-    for record in records:
-        low, high = record["ci95"]
-        base = record["baseline"]
-        table.add_row(
-            Text(str(record["name"])),
-            percent(record["miou"]),
-            "baseline" if base else signed(record["difference"]),
-            "" if base else f"{signed(low)} to {signed(high)}",
-            percent(record["boundary_miou"]),
-            figure(record["images_per_s"], 1),
-            figure(record["latency_ms"], 1),
-            figure(record["peak_memory_bytes"], 0, 2**20),
-            figure(record["gflops"], 2),
-            figure(record["parameters"], 2, 1e6),
-        )
+    longest = max(len(str(record["name"])) for record in records)
+    table.add_column("setting", min_width=min(longest, _NAME_WIDTH), overflow="fold")
+    cells = [[text(record) for record in records] for _, text in _COLUMNS[:columns]]
+    for (head, _), texts in zip(_COLUMNS, cells, strict=False):
+        table.add_column(head, justify="right", width=max(map(len, (head, *texts))))
+    for record, *texts in zip(records, *cells, strict=True):
+        table.add_row(Text(str(record["name"])), *texts)
     return table
 
 
 def _class_table(records: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="IoU per class (%)", title_justify="left")
-    table.add_column("class")
+    table.add_column("class", width=min(max(map(len, class_names)), _NAME_WIDTH), overflow="fold")
     for record in records:
-        table.add_column(Text(str(record["name"])), justify="right")
+        words = str(record["name"]).split()
+        longest = min(max(map(len, words)), _NAME_WIDTH)
+        width = max(len("100.00"), longest, min(len(" ".join(words)), _HEAD_WIDTH))
+        table.add_column(Text(" ".join(words)), justify="right", width=width, overflow="fold")
     for name in class_names:
         table.add_row(Text(name), *(percent(record["per_class"][name]) for record in records))
     return table

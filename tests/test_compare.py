@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,18 @@ import torch
 from PIL import Image
 
 from seg_attn.cli import main
-from seg_attn.compare import Mode, modes, settings, short_names
 from seg_attn.compare import compare as compare_settings
+from seg_attn.compare import describe, modes, printable, seed_lines, settings, short_names
 from seg_attn.data import VOCDataModule
 from seg_attn.data.images import voc_palette
 from seg_attn.memory import forget_high_water, high_water, peak_memory
 from seg_attn.models import DeepLabV3
+from seg_attn.prediction.settings import Settings
 from seg_attn.summary import summarize
 
 pytestmark = pytest.mark.filterwarnings("ignore:atrous rate", "ignore:.*does not have many workers")
+
+STRIDES = (8, 16, 32)
 
 
 def run(*arguments):
@@ -58,9 +62,9 @@ def mean_iou(confusion):
 
 @pytest.fixture(scope="module")
 def masks(checkpoint, devkit, tmp_path_factory):
-    """Folders of the masks of `predict` at output stride 8 and 16."""
+    """Folders of the masks of `predict` at output stride 8, 16 and 32."""
     root = tmp_path_factory.mktemp("masks")
-    for stride in (8, 16):
+    for stride in STRIDES:
         arguments = ["predict", "--ckpt_path", checkpoint, "--output", root / str(stride), "--output_stride", stride]
         run(*arguments, "--input", *val_files(devkit)[0])
     return root
@@ -68,9 +72,9 @@ def masks(checkpoint, devkit, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(checkpoint, config, masks, tmp_path_factory):
-    """The folder of a comparison of 8 and 16 with the masks of `predict` at 8."""
+    """The folder of a comparison of 8, 16 and 32 with the masks of `predict` at 8."""
     output = tmp_path_factory.mktemp("compare")
-    arguments = ["compare", "--config", config, "--ckpt_path", checkpoint, "--output_stride", 8, 16]
+    arguments = ["compare", "--config", config, "--ckpt_path", checkpoint, "--output_stride", *STRIDES]
     run(*arguments, "--predictions", masks / "8", "--baseline", "16", "--output", output, "--seed", 5)
     return output
 
@@ -81,28 +85,28 @@ def rows(compared):
 
 
 def test_rows_equal_test_at_that_output_stride(rows, checkpoint, config, tmp_path):
-    for version, (row, stride) in enumerate(zip(rows, (8, 16), strict=False)):
+    for version, (row, stride) in enumerate(zip(rows, STRIDES, strict=False)):
         base = ["--config", config, "--ckpt_path", checkpoint, "--trainer.default_root_dir", tmp_path]
         # 16 is what the checkpoint was trained at and needs not be typed.
-        run("test", *base, *(["--model.output_stride", stride] if stride == 8 else []))
+        run("test", *base, *(["--model.output_stride", stride] if stride != 16 else []))
         report = json.loads((tmp_path / "test" / f"version_{version}" / "test_metrics.json").read_text())
         assert row["output_stride"] == report["output_stride"] == stride
         assert row["confusion"] == report["confusion"]
         assert row["miou"] == pytest.approx(report["miou"], abs=1e-12)
         assert row["per_class"] == pytest.approx(report["per_class"], abs=1e-12)
-    assert rows[0]["confusion"] != rows[1]["confusion"]
+    assert len({str(row["confusion"]) for row in rows[:3]}) == 3
 
 
 def test_rows_equal_numpy_on_the_files_of_predict(rows, masks, devkit):
     labels = val_files(devkit)[1]
-    for row, stride in zip(rows, (8, 16), strict=False):
+    for row, stride in zip(rows, STRIDES, strict=False):
         counted = matrices(masks / str(stride), labels, 9).sum(0)
         assert row["confusion"] == counted.tolist()
         assert row["miou"] == pytest.approx(mean_iou(counted), abs=1e-12)
 
 
 def test_masks_on_disk_make_the_same_row(rows):
-    masks, predicted = rows[2], rows[0]
+    masks, predicted = rows[3], rows[0]
     assert masks["name"] == "masks in 8"
     for key in ("confusion", "miou", "per_class", "boundary_miou", "difference", "ci95", "per_class_ci95"):
         assert masks[key] == predicted[key], key
@@ -133,7 +137,7 @@ def test_the_interval_is_numpys(rows, masks, devkit):
 
 def test_cost_is_that_of_the_network(rows, checkpoint):
     arguments = torch.load(checkpoint, weights_only=True)["hyper_parameters"]
-    for row in rows[:2]:
+    for row in rows[:3]:
         plain = {"backbone": "resnet18", "num_classes": 9, "decoder_channels": 16, "atrous_rates": [2, 4, 6]}
         assert {name: arguments[name] for name in plain} == plain
         summary = summarize(DeepLabV3(**plain, output_stride=row["output_stride"]), *row["gflops_size"])
@@ -144,7 +148,7 @@ def test_cost_is_that_of_the_network(rows, checkpoint):
         assert row["latency_ms"] > 0
         # Python with PyTorch takes more than 100 MB, this network on these images not 4 GB.
         assert 1e8 < row["peak_memory_bytes"] < 4e9
-    assert rows[0]["gflops"] > rows[1]["gflops"]
+    assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"]
 
 
 def test_csv_holds_the_same_figures(compared, rows):
@@ -171,7 +175,7 @@ def test_what_is_printed(checkpoint, config, masks, tmp_path, capsys):
 
 def test_modes_each_add_a_row_and_only_scales_and_flip_combine():
     found = modes(scales=[0.5, 1.0], flip=True, tile=64, overlap=16, precisions=["bfloat16"])
-    assert [mode.label for mode in found] == [
+    assert [describe(mode) for mode in found] == [
         "",
         "scales 0.5 1",
         "flip",
@@ -179,9 +183,9 @@ def test_modes_each_add_a_row_and_only_scales_and_flip_combine():
         "tile 64 overlap 16",
         "bfloat16",
     ]
-    assert found[4].arguments == {"tile": 64, "overlap": 16}
-    assert modes() == [Mode()]
-    assert modes(precisions=["float32"]) == [Mode()]
+    assert found[4] == Settings(tile=64, overlap=16)
+    assert modes() == modes(scales=[1]) == modes(precisions=["32", "float32"]) == [Settings()]
+    assert modes(precisions=["32", "bf16", "bfloat16"]) == [Settings(), Settings(precision="bfloat16")]
 
 
 def test_every_mode_is_run(checkpoint, config, tmp_path, monkeypatch):
@@ -237,6 +241,29 @@ def test_several_seeds_have_mean_and_deviation(checkpoint, devkit, tmp_path, mon
     assert seeds["difference_mean"] == pytest.approx(np.mean(np.subtract(at8, at16)), abs=1e-15)
     assert seeds["difference_std"] == pytest.approx(np.std(np.subtract(at8, at16), ddof=1), abs=1e-15)
     assert found[0]["seeds"]["difference_mean"] is None  # the baseline's own setting
+    assert all(" training runs at " in line for line in seed_lines(found))
+
+
+def test_runs_of_several_recipes_are_named(checkpoint, devkit, tmp_path, monkeypatch):
+    monkeypatch.setattr("seg_attn.compare.peak_memory", lambda *_: None)
+    paths = seeds_of_one_recipe(checkpoint, tmp_path, 5)
+    for path in paths[2:]:  # of which the last one was to run ten times as long
+        content = torch.load(path, weights_only=True)
+        content["hyper_parameters"]["lr"] = 0.1
+        if path == paths[4]:
+            schedule = content["lr_schedulers"][0]
+            schedule["_last_lr"] = [rate * (1 - 6 / 60) ** 0.9 for rate in schedule["base_lrs"]]
+        torch.save(content, path)
+    data = VOCDataModule(root=str(devkit), num_workers=0)
+    found = compare_settings(data, settings(paths), device="cpu").records()
+    assert [row["seeds"] and row["seeds"]["names"] for row in found] == [
+        *[["seed_0", "seed_1"]] * 2,
+        *[["seed_2", "seed_3"]] * 2,
+        None,
+    ]
+    one, other = seed_lines(found)
+    assert one.startswith("over 2 training runs (seed_0, seed_1) at 16: mIoU ")
+    assert other.startswith("over 2 training runs (seed_2, seed_3) at 16: mIoU ")
 
 
 def test_best_and_last_of_one_run_are_no_seeds(run_folder, devkit, monkeypatch):
@@ -313,7 +340,7 @@ def test_bad_arguments_are_one_line(checkpoint, config, devkit, capsys, tmp_path
     assert "--baseline '8' is no row; the rows are: 16" in fails(capsys, *given, "--baseline", "8")
     assert "takes 8, 16 and 32, got 4" in fails(capsys, *given, "--output_stride", 4)
     assert "names" in fails(capsys, *given, checkpoint)
-    assert "--overlap is for tiles" in fails(capsys, *given, "--overlap", 8)
+    assert "overlap 8 needs tiles" in fails(capsys, *given, "--overlap", 8)
     assert "no such file" in fails(capsys, *base, "--ckpt_path", tmp_path / "none.ckpt")
     assert "nonsense" in fails(capsys, *given, "--nonsense", 1)
     line = fails(capsys, *given, "--data.class_names", "[background, thing]")
@@ -338,12 +365,115 @@ def test_data_overrides_win(checkpoint, config, devkit, tmp_path, monkeypatch):
 
 
 def test_the_peak_sees_what_was_taken_and_forgets():
+    forget_high_water()
     before = high_water()
     taken = np.ones(40_000_000)
     assert high_water() >= before + 100e6
     del taken
     forget_high_water()
     assert high_water() < before + 200e6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--precision", "fp16"], "precision must be float32 or bfloat16, got 'fp16'"),
+        (["--scales", 0], "scales must be one or more positive numbers"),
+        (["--tile", 8], "tile must be at least 32 pixels, got 8"),
+        (["--tile", 64, "--overlap", 64], "below the tile's 64 pixels, got 64"),
+        (["--ckpt_path", "odd.ckpt"], "the weights of odd.ckpt do not fit the model: 1 missing"),
+        (["--predictions", "some"], "no mask"),
+        (["--predictions", "beyond"], "labels 9"),
+        (["--output", "/proc/none"], "--output /proc/none: nothing can be written into /proc"),
+        (["--output", "config.yaml/out"], "nothing can be written into config.yaml (Not a directory)"),
+    ],
+)
+def test_no_network_runs_before_all_input_is_checked(
+    arguments, said, checkpoint, config, devkit, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(config.read_text())
+    names = [path.name for path in val_files(devkit)[1]]
+    saved(tmp_path / "some", {names[0]: np.zeros((48, 64), dtype=np.uint8)})
+    saved(tmp_path / "beyond", {name: np.full((48, 64), 9, dtype=np.uint8) for name in names})
+    content = torch.load(checkpoint, weights_only=True)
+    del content["state_dict"][next(key for key in content["state_dict"] if key.startswith("model."))]
+    torch.save(content, "odd.ckpt")
+    monkeypatch.setattr("seg_attn.compare._predict", lambda *_: pytest.fail("a network ran"))
+    base = ["--config", "config.yaml", "--ckpt_path", checkpoint, "--output", "out"]
+    assert said in fails(capsys, "compare", *base, *arguments)
+    assert not Path("out").exists()
+
+
+def test_rows_are_of_the_weights_that_were_loaded(rows, checkpoint, config, devkit, tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(checkpoint.read_bytes())
+    data = VOCDataModule(root=str(devkit), num_workers=0)
+    chosen = settings([path], STRIDES[:2])
+    path.unlink()
+    found = compare_settings(data, chosen, device="cpu").records()
+    assert [row["confusion"] for row in found] == [row["confusion"] for row in rows[:2]]
+    assert all(row["peak_memory_bytes"] > 1e8 for row in found)
+    assert not path.exists()
+
+
+def test_masks_come_first_and_rows_stay_in_order(checkpoint, devkit, masks, monkeypatch):
+    from seg_attn import compare as module
+
+    monkeypatch.setattr(module, "peak_memory", lambda *_: None)
+    evaluated = []
+    for name in ("_read_masks", "_predict"):
+        evaluate = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, e=evaluate: evaluated.append(args[0].name) or e(*args))
+    data = VOCDataModule(root=str(devkit), num_workers=0)
+    found = compare_settings(data, settings([checkpoint], [16], predictions=[masks / "8"]), device="cpu")
+    assert evaluated == ["masks in 8", "16"]
+    assert [row.setting.name for row in found.rows] == ["16", "masks in 8"]
+
+
+def test_batches_are_those_of_test(checkpoint, devkit, monkeypatch):
+    monkeypatch.setattr("seg_attn.compare.peak_memory", lambda *_: None)
+    seen = []
+    forward = DeepLabV3.forward
+    monkeypatch.setattr(DeepLabV3, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    data = VOCDataModule(root=str(devkit), num_workers=0, test_split="trainval", eval_batch_size=9)
+    compare_settings(data, settings([checkpoint]), device="cpu")
+    assert 9 in seen
+    assert set(seen) == {1, 9}  # the first image alone warms up, and one is counted
+
+
+def test_other_class_names_are_said(checkpoint, devkit, tmp_path, monkeypatch):
+    monkeypatch.setattr("seg_attn.compare.peak_memory", lambda *_: None)
+    data = VOCDataModule(root=str(devkit), num_workers=0)
+    names = list(data.class_names)
+    content = torch.load(checkpoint, weights_only=True)
+    said = {}
+    for label, own in (
+        ("same", names),
+        ("swapped", [*names[:2], names[3], names[2], *names[4:]]),
+        ("placeholders", [f"class {index}" for index in range(9)]),
+    ):
+        content["data"]["class_names"] = own
+        torch.save(content, tmp_path / f"{label}.ckpt")
+        lines = []
+        compare_settings(data, settings([tmp_path / f"{label}.ckpt"], [16, 32]), device="cpu", warn=lines.append)
+        said[label] = [line for line in lines if "class" in line]
+    assert said["same"] == said["placeholders"] == []
+    (line,) = said["swapped"]  # once for both rows
+    assert f"class 2 is {names[3]!r} to the checkpoint and {names[2]!r} in the data (and 1 more)" in line
+
+
+def test_names_that_are_no_utf8_are_escaped(checkpoint, devkit, config, tmp_path, capsys):
+    name = os.fsdecode(b"caf\xe9")
+    assert printable(name) == "caf\\xe9"
+    folder = saved(tmp_path / name, {path.name: np.array(Image.open(path)) % 255 for path in val_files(devkit)[1]})
+    run("compare", "--config", config, "--predictions", folder, "--output", tmp_path / name / "out")
+    printed = capsys.readouterr().out
+    assert "masks in caf\\xe9" in printed
+    assert f"written: {tmp_path}/caf\\xe9/out/compare.html" in printed
+    (row,) = json.loads((folder / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert row["name"] == "masks in caf\\xe9"
+    assert row["predictions"] == str(folder)  # reads back as it was
 
 
 @pytest.mark.exhaustive

@@ -10,7 +10,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from seg_attn.compare import compare, modes, settings
+from seg_attn.compare import compare, modes, printable, settings
 from seg_attn.comparison_report import show, write_comparison
 from seg_attn.data import MaskFolderDataModule, SampleDataModule, VOCDataModule
 from seg_attn.data.datamodules import SegmentationDataModule
@@ -42,13 +42,10 @@ def run(arguments: Sequence[str]) -> int:
     if args.output is None:
         raise InputError("--output is missing: name a folder for the table and the page")
     output = Path(args.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: name a folder")
+    _check_writable(output)
     for name, least in (("images", 0), ("seed", 0), ("replicates", 100)):
         if args[name] < least:
             raise InputError(f"--{name} must be at least {least}, got {args[name]}")
-    if args.overlap is not None and args.tile is None:
-        raise InputError("--overlap is for tiles: give --tile too, or leave it out")
     chosen = settings(
         [Path(path) for path in args.ckpt_path or []],
         args.output_stride or [],
@@ -62,8 +59,19 @@ def run(arguments: Sequence[str]) -> int:
     )
     show(comparison)
     for path in write_comparison(comparison, output, args.title, args.images):
-        print(f"written: {path}")
+        print(f"written: {printable(path)}")
     return 0
+
+
+def _check_writable(output: Path) -> None:
+    """Try the output folder, or the one that it will be made in, before hours go into what is to be written there."""
+    existing = next(path for path in (output, *output.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(
+            f"--output {output}: nothing can be written into {existing} ({error.strerror}); name another folder"
+        ) from error
 
 
 def _parser() -> Any:
