@@ -3,8 +3,9 @@
 Decoding, normalisation and the step from logits to classes are those of `test`, so that both agree to the pixel.
 """
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -20,7 +21,7 @@ from seg_attn.errors import InputError
 from seg_attn.models.deeplabv3 import DeepLabV3
 from seg_attn.models.inference import optimized
 from seg_attn.prediction.device import resolve_device
-from seg_attn.prediction.files import remove_leftovers
+from seg_attn.prediction.files import check_writable, remove_leftovers
 from seg_attn.prediction.inference import Float32Array, Inference, Strip
 from seg_attn.prediction.inputs import MAX_PIXELS, Source, find_images, size_of
 from seg_attn.prediction.outputs import OUTPUTS, Outputs, check_targets
@@ -218,13 +219,14 @@ def plan_files(sources: Sequence[Source], outputs: Outputs, existing: str = "err
         existing: What to do where an output exists: "error", "overwrite" or "skip" (an input of which all exist).
 
     Raises:
-        InputError: If two inputs would write one file, an output would replace an input, or an output exists and
-            `existing` is "error".
+        InputError: If two inputs would write one file, an output would replace an input, an output exists and
+            `existing` is "error", or nothing can be written into the output folder.
         ValueError: If `existing` is something else.
     """
     if existing not in EXISTING:
         raise ValueError(f"existing must be one of {', '.join(EXISTING)}, got {existing!r}")
     check_targets(outputs, sources)
+    check_writable(outputs.folder)
     if existing == "overwrite" or not outputs.folder.exists():
         return Plan(outputs, sources, frozenset())
     if existing == "skip":
@@ -285,16 +287,10 @@ def predict_files(
 def _outcomes(
     predictor: Predictor, plan: Plan, batch_size: int, max_pixels: int, summary: bool, advance: Advance | None
 ) -> Iterator[Outcome]:
-    table = start_folder(plan, summary)
-    running = Stream(predictor.inference, plan.outputs, batch_size, max_pixels, table, advance)(plan.remaining)
-    for source in plan.sources:
-        if source in plan.skipped:
-            yield Outcome(source.path, plan.outputs.files(source), skipped=True)
-        else:
-            yield next(running)
-    yield from running  # nothing is left of it but its end
-    if table is not None:
-        table.finish()
+    with start_folder(plan, summary) as table:
+        stream = Stream(predictor.inference, plan.outputs, batch_size, max_pixels, table, advance)
+        with contextlib.closing(stream(plan.remaining)) as predicted:
+            yield from with_skipped(plan, predicted)
 
 
 @dataclass(frozen=True)
@@ -339,15 +335,8 @@ class Work:
 
 def predict_plan(work: Work, predictor: Predictor, plan: Plan) -> list[Outcome]:
     """Predict what a plan holds in this process, show how far it is, and write the summary."""
-    table = start_folder(plan, summary=True)
-    outcomes = predict_share(work, predictor, plan, plan.remaining, table)
-    if table is not None:
-        table.finish()
-    done = iter(outcomes)
-    return [
-        Outcome(source.path, plan.outputs.files(source), skipped=True) if source in plan.skipped else next(done)
-        for source in plan.sources
-    ]
+    with start_folder(plan) as table:
+        return list(with_skipped(plan, predict_share(work, predictor, plan, plan.remaining, table)))
 
 
 def predict_share(
@@ -371,16 +360,22 @@ def _tiles_of(source: Source, settings: Settings) -> int:
     return settings.number_of_tiles(*size) if size else 1
 
 
-def start_folder(plan: Plan, summary: bool) -> Summary | None:
+def with_skipped(plan: Plan, predicted: Iterable[Outcome]) -> Iterator[Outcome]:
+    """Yield what became of every source of a plan, in order, given what became of those that remained."""
+    following = iter(predicted)
+    for source in plan.sources:
+        if source in plan.skipped:
+            yield Outcome(source.path, plan.outputs.files(source), skipped=True)
+        else:
+            yield next(following)
+
+
+def start_folder(plan: Plan, summary: bool = True) -> contextlib.AbstractContextManager[Summary | None]:
     """Make the output folder, settle what stopped runs left in it, and open its summary if there is to be one."""
     plan.outputs.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers({file.parent for source in plan.sources for file in plan.outputs.files(source)})
     remove_leftovers([plan.outputs.folder])
-    if not summary:
-        return None
-    table = Summary(plan.outputs.folder, plan.outputs.data.class_names)
-    table.recover()
-    return table
+    return Summary(plan.outputs.folder, plan.outputs.data.class_names) if summary else contextlib.nullcontext()
 
 
 def _present(strip: Strip) -> Float32Array:

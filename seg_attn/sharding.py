@@ -1,5 +1,6 @@
 """Prediction shared among several devices or processes, started by Lightning: each takes every n-th input."""
 
+import contextlib
 import pickle
 import tempfile
 from functools import partial
@@ -9,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 
 from seg_attn.errors import InputError
-from seg_attn.predict import Outcome, Plan, Work, predict_share, start_folder
+from seg_attn.predict import Outcome, Plan, Work, predict_share, start_folder, with_skipped
 from seg_attn.prediction.device import resolve_device
 from seg_attn.prediction.inputs import Source
 from seg_attn.prediction.summary import Summary
@@ -35,23 +36,17 @@ def predict_shards(work: Work, plan: Plan, devices: int) -> list[Outcome]:
     kind = resolve_device(work.device).type
     if kind != "cpu" and devices > torch.cuda.device_count():
         raise InputError(f"--devices {devices}: there are {torch.cuda.device_count()} of {kind}; ask for no more")
-    table = start_folder(plan, summary=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with start_folder(plan), tempfile.TemporaryDirectory() as scratch:
         fabric = Fabric(accelerator=kind, devices=devices, strategy="ddp_spawn")
         threads = max(1, torch.get_num_threads() // devices)
         # Pickled here: Lightning looks for tensors in what it is given, and refuses frozen dataclasses.
         fabric.launch(partial(_share, pickle.dumps((work, plan)), Path(scratch), threads))
         shares = [pickle.loads((Path(scratch) / str(rank)).read_bytes()) for rank in range(devices)]
-    for share in shares:
-        if isinstance(share, InputError):
-            raise share
-    if table is not None:
-        table.finish()
+        for share in shares:
+            if isinstance(share, InputError):
+                raise share
     done = {source: outcome for share in shares for source, outcome in share}
-    return [
-        Outcome(source.path, plan.outputs.files(source), skipped=True) if source in plan.skipped else done[source]
-        for source in plan.sources
-    ]
+    return list(with_skipped(plan, (done[source] for source in plan.remaining)))
 
 
 def _share(content: bytes, scratch: Path, threads: int, fabric: Fabric) -> None:
@@ -61,10 +56,10 @@ def _share(content: bytes, scratch: Path, threads: int, fabric: Fabric) -> None:
     if fabric.device.type == "cpu":
         torch.set_num_threads(threads)
     share = plan.remaining[rank :: fabric.world_size]
-    table = Summary(plan.outputs.folder, plan.outputs.data.class_names, rank)
     result: list[tuple[Source, Outcome]] | InputError
     try:
-        outcomes = predict_share(work, work.predictor(fabric.device), plan, share, table)
+        with contextlib.closing(Summary(plan.outputs.folder, plan.outputs.data.class_names)) as table:
+            outcomes = predict_share(work, work.predictor(fabric.device), plan, share, table)
         result = list(zip(share, outcomes, strict=True))
     except InputError as error:  # said in one line by the process that started this one
         result = error

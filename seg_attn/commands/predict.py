@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save",
         default="mask",
         metavar="WHAT",
-        help=f"comma-separated, of {', '.join(OUTPUTS)} (default: mask)",
+        help=f"all that is to be written, comma-separated, of {', '.join(OUTPUTS)} (default: mask)",
     )
     outputs.add_argument(
         "--probability",
@@ -115,8 +115,6 @@ def run(args: argparse.Namespace) -> int:
     for name in ("batch_size", "max_pixels", "devices"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.output.exists() and not args.output.is_dir():
-        raise InputError(f"--output {args.output} is a file: name a folder")
     kinds = tuple(dict.fromkeys(name.strip() for name in args.save.split(",") if name.strip()))
     check_kinds(kinds, args.probability)
     settings = Settings(tuple(args.scales), args.flip, args.tile, args.overlap, args.precision)

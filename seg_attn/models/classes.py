@@ -11,9 +11,10 @@ _BLOCK_BYTES = 1 << 20
 def best_classes(scores: Tensor, logits: bool = False) -> tuple[Tensor, Tensor]:
     """Return the best class, the first of equal ones, and its score or probability.
 
-    The class is `scores.argmax(dim=1)`. On a processor it is computed class by class over blocks of rows, in a fraction
-    of the time that the reduction over a strided dimension takes; elsewhere by `torch.max`, which promises the first
-    of equal ones on every device.
+    The class is `scores.argmax(dim=1)` where no score is NaN; where one is, the score or probability returned is NaN,
+    and the class may be any. On a processor it is computed class by class over blocks of rows, in a fraction of the
+    time that the reduction over a strided dimension takes; elsewhere by `torch.max`, which promises the first of equal
+    ones on every device.
 
     Args:
         scores: Logits or probabilities, float (N, C, H, W); C is at most 256, as masks are bytes.

@@ -175,6 +175,8 @@ def _listed(path: Path) -> list[tuple[Path, Path]]:
         if not line or line.startswith("#"):
             continue
         given = Path(line)
+        if given.name in ("", ".."):
+            raise InputError(f"{path}: {line!r} names no file; write the path of one per line")
         file = given if given.exists() or not (path.parent / given).exists() else path.parent / given
         keeps_folders = not given.is_absolute() and ".." not in given.parts
         files.append((file, given.with_suffix("") if keeps_folders else Path(given.stem)))

@@ -1,6 +1,7 @@
 """What is written for an image: mask, overlay, contour, probabilities, run lengths; each file whole or not at all."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -134,6 +135,9 @@ class Outputs:
 
         Returns:
             What the prediction holds.
+
+        Raises:
+            InputError: If its confidence is not finite: no file is written then.
         """
         height, width = image.shape[:2]
         counts = np.zeros(256, dtype=np.int64)
@@ -154,6 +158,11 @@ class Outputs:
             for strip in strips:
                 counts += np.bincount(strip.classes.ravel(), minlength=256)
                 total += float(strip.confidence.sum(dtype=np.float64))
+                if not math.isfinite(total):
+                    raise InputError(
+                        f"the network's output for {source} is not finite: its weights may not be, or their training "
+                        "diverged; take another checkpoint"
+                    )
                 inside = slice(strip.top, strip.top + len(strip.classes))
                 rows = image[inside]
                 if png := pngs["mask"]:

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +91,7 @@ class Stream:
         self.summary = summary
         self.advance: Advance = advance or (lambda _: None)
 
-    def __call__(self, sources: Sequence[Source]) -> Iterator[Outcome]:
+    def __call__(self, sources: Sequence[Source]) -> Generator[Outcome, None, None]:
         """Predict and write; yield what became of each source, in their order.
 
         Raises:
@@ -133,17 +133,17 @@ class Stream:
     ) -> _Job:
         pixels = _pixels(size)
         tiles = self.inference.settings.number_of_tiles(*size) if size else 1
-        if source.frame is not None:
-            return _Job(index, source, pixels, tiles, frames.submit(video.read, source))
-        return _Job(index, source, pixels, tiles, readers.submit(self._read, source, pixels))
+        if source.frame is None:
+            return _Job(index, source, pixels, tiles, readers.submit(self._read, source, pixels, _read_photograph))
+        return _Job(index, source, pixels, tiles, frames.submit(self._read, source, pixels, video.read))
 
-    def _read(self, source: Source, pixels: int) -> UInt8Array:
+    def _read(self, source: Source, pixels: int, read: Callable[[Source], UInt8Array]) -> UInt8Array:
         if pixels > self.max_pixels:
             raise InputError(
                 f"{source}: {pixels:,} pixels, more than --max_pixels {self.max_pixels:,}: raise it if the file is "
                 "what it claims to be"
             )
-        return read_image(source.path)
+        return read(source)
 
     def _batch(self, waiting: "deque[_Job]") -> list[_Job]:
         """The first job, and those of the jobs that wait whose images have its size."""
@@ -205,6 +205,8 @@ class Stream:
         files = self.outputs.files(job.source)
         try:
             self.outputs.write(job.source, job.image.result(), strips, note)
+        except InputError as error:
+            reason = str(error)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise OutputError(
@@ -329,6 +331,10 @@ def pillow_without_limit() -> Iterator[None]:
             _limit_users -= 1
             if _limit_users == 0:
                 Image.MAX_IMAGE_PIXELS = _limit_before
+
+
+def _read_photograph(source: Source) -> UInt8Array:
+    return read_image(source.path)
 
 
 def _shape(job: _Job) -> tuple[int, ...] | None:

@@ -1,11 +1,13 @@
 """Files whole or not at all, and whose unfinished files are removed."""
 
 import os
+import threading
 import time
 
 import pytest
 
-from seg_attn.prediction.files import HOST, remove_leftovers, whole_file
+from seg_attn.errors import InputError
+from seg_attn.prediction.files import HOST, check_writable, only_one, remove_leftovers, whole_file
 
 
 def test_a_file_has_its_name_when_it_is_whole(tmp_path):
@@ -46,3 +48,33 @@ def test_leftovers_are_those_of_processes_that_are_no_more(tmp_path):
         remove_leftovers([tmp_path, tmp_path / "nowhere"])
         file.write(b"content")
     assert set(os.listdir(tmp_path)) == {*list(ages)[3:], "a.png"}
+
+
+def test_a_folder_is_tried_without_being_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, tmp_path / "new" / "er", tmp_path / ".." / "x", type(tmp_path)("new")):
+        check_writable(folder)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"^--output n+: nothing can be written into n+ \(File name too long\); name"):
+        check_writable(type(tmp_path)("n" * 256))
+
+
+def test_one_at_a_time(tmp_path):
+    (tmp_path / "lock").touch()  # of a process that was killed
+    inside, most = [], []
+
+    def work():
+        for _ in range(50):
+            with only_one(tmp_path / "lock"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.0002)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 300
+    assert not list(tmp_path.iterdir())

@@ -42,6 +42,18 @@ def test_best_classes_is_the_first_arg_max_and_its_softmax(device, seed, logits)
     np.testing.assert_allclose(confidence.numpy(), chances.numpy().max(axis=1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("logits", [False, True])
+def test_the_confidence_of_what_is_not_finite_is_not_either(device, logits):
+    scores = torch.linspace(-1, 1, 5 * 6).reshape(1, 5, 1, 6)
+    for index in range(5):
+        scores[0, index, 0, index] = float("nan")
+    _, confidence = best_classes(scores.to(device), logits)
+    assert confidence.isnan().tolist() == [[[True] * 5 + [False]]]
+    scores[:] = torch.tensor([-1.0, float("inf"), 0, 0, 0]).reshape(5, 1, 1)
+    assert not best_classes(scores.to(device), logits)[1].isfinite().any()
+
+
 def test_fit_test_and_predict_share_the_step_from_logits_to_classes(model, data, photograph, monkeypatch):
     def last(scores, logits=False):
         classes, confidence = best_classes(scores, logits)

@@ -1,6 +1,7 @@
 """What inputs name, and the names their masks will have."""
 
 import os
+import re
 from pathlib import Path
 
 import cv2
@@ -57,6 +58,21 @@ def test_lists(tree, monkeypatch):
         find_sources([], lists=[tree / "a.png"])
     (tree / "bytes.txt").write_bytes(b"caf\xe9.jpg\n")
     assert os.fsencode(find_sources([], lists=[tree / "bytes.txt"])[0].path) == b"caf\xe9.jpg"
+
+
+@pytest.mark.parametrize("entry", [".", "./", "..", "one/..", "/"])
+def test_a_list_names_files(tree, entry):
+    (tree / "list.txt").write_text(f"a.png\n{entry}\n")
+    expected = f"{tree / 'list.txt'}: {entry!r} names no file; write the path of one per line"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}$"):
+        find_sources([f"@{tree / 'list.txt'}"])
+
+
+def test_the_working_folder_is_a_folder(tree, monkeypatch):
+    monkeypatch.chdir(tree / "one" / "two")
+    assert names(find_sources(["."])) == ["d"]
+    assert names(find_sources([".."])) == ["c"]
+    assert names(find_sources([".."], recursive=True)) == ["c", "two/d"]
 
 
 def test_videos(tree):

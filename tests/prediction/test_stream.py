@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,8 @@ from seg_attn.prediction import files, stream
 from seg_attn.prediction.files import HOST
 from seg_attn.prediction.inference import Inference
 from seg_attn.prediction.inputs import find_sources
-from seg_attn.prediction.outputs import Outputs
+from seg_attn.prediction.outputs import Outputs, Seen
+from seg_attn.prediction.summary import Summary
 
 pytestmark = pytest.mark.filterwarnings("ignore:atrous rate")
 
@@ -148,10 +150,12 @@ def _killed_and_restarted(trained, tmp_path, kills, window):
             elif not name.rpartition("/")[2].startswith("."):
                 assert content == expected[name], name  # whole, or not there
     assert stopped == kills
-    # What a killed process may leave behind: the half of a file, and the half of a line.
+    # What a killed process may leave behind: the half of a file, the half of a line, and a lock that is none.
     (next(path for path in out.iterdir() if path.is_dir()) / f".{HOST}.999999999-abcd.part").write_bytes(b"half")
-    with (out / ".summary.0.journal").open("ab") as journal:
+    (left,) = out.glob(".summary.*.journal")
+    with left.open("ab") as journal:
         journal.write(b'["left/00')
+    (out / ".summary.lock").touch()
     assert predict(*arguments, "--output", out, "--skip_existing") == 1
     assert contents(out) == expected
     return expected
@@ -295,7 +299,7 @@ def test_tiles_and_the_limit_of_pixels(trained, tmp_path, capsys):
         np.testing.assert_allclose(stored / 65535, expected, atol=1e-5)
 
 
-def test_video(trained, tmp_path):
+def test_video(trained, tmp_path, capsys):
     path = tmp_path / "film.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 5, (48, 32))
     rng = np.random.default_rng(0)
@@ -310,6 +314,10 @@ def test_video(trained, tmp_path):
         frame = video.read()[1]
         expected = predictor(np.ascontiguousarray(frame[..., ::-1]))
         assert np.array_equal(read_mask(tmp_path / "out" / "film" / f"{index:06d}.png"), expected)
+    assert predict(*arguments[:-1], tmp_path / "none", "--max_pixels", "1535") == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len([line for line in errors if "1,536 pixels, more than --max_pixels 1,535: raise it" in line]) == 4
+    assert os.listdir(tmp_path / "none") == ["summary.csv"]
     (tmp_path / "out" / "film" / "000002.png").unlink()
     before = contents(tmp_path / "out")
     assert predict(*arguments, "--skip_existing") == 0
@@ -342,8 +350,22 @@ def test_a_summary_of_other_classes_is_not_mixed_in(trained, tmp_path, capsys):
     assert predict(*base) == 2
     assert "summary.csv is of other classes" in capsys.readouterr().err
     predictor = Predictor.from_checkpoint(trained, device="cpu")
+    sources = find_sources([tmp_path / "in" / "right"])
     with pytest.raises(InputError, match=r"summary\.csv is of other classes"):
-        predict_files(predictor, find_sources([tmp_path / "in" / "right"]), tmp_path / "out", summary=True)
+        predict_files(predictor, sources, tmp_path / "out", summary=True)
+    # A run that was killed before its first table leaves a journal alone.
+    with contextlib.closing(Summary(tmp_path / "out", ["cat", "dog", "cow", "horse"])) as table:
+        table.add("a", Seen(1, 1, [0, 0, 0, 1], 0.5))
+    (tmp_path / "out" / "summary.csv").unlink()
+    left = contents(tmp_path / "out")
+    assert predict(*base) == 2
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: .*\.summary\.\w+\.journal is of other classes: name another --output folder, or remove it\n", line
+    )
+    with pytest.raises(InputError, match=r"journal is of other classes"):
+        predict_files(predictor, sources, tmp_path / "out", summary=True)
+    assert contents(tmp_path / "out") == left
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_split(model, data, tmp_path):
@@ -484,6 +506,95 @@ def test_a_full_disk_ends_the_run_in_one_line(trained, tmp_path, capsys, monkeyp
     assert all(name.startswith(".summary.") for name in contents(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("output", ["file", "file/deep/er", "link", "locked/new"])
+def test_an_output_folder_that_cannot_be_is_known_before_the_work(
+    trained, tmp_path, capsys, monkeypatch, output, devices
+):
+    photographs(tmp_path / "in", 2, 0)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "locked").mkdir()
+    if output == "locked/new":  # whoever runs the tests may be allowed everything
+
+        def refused(dir):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(Inference, "whole", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(sharding, "Fabric", _FabricOfOneProcess)
+    base = ["--ckpt_path", trained, "--input", tmp_path / "in" / "left", "--output", tmp_path / output]
+    assert predict(*base, "--devices", devices) == 2
+    existing = tmp_path / output.partition("/")[0]
+    reason = {"link": "No such file or directory", "locked": "Permission denied"}.get(existing.name, "Not a directory")
+    expected = f"--output {tmp_path / output}: nothing can be written into {existing} ({reason}); name another folder"
+    assert capsys.readouterr().err == f"error: {expected}\n"
+    assert not list((tmp_path / "locked").iterdir())
+
+
+@pytest.mark.parametrize(
+    "how", [[], ["--tile", "32", "--overlap", "8"], ["--flip"], ["--batch_size", "2"]], ids=lambda how: "".join(how)
+)
+def test_what_is_not_finite_is_no_mask(trained, tmp_path, capsys, how):
+    content = torch.load(trained, weights_only=True)
+    content["state_dict"]["model.classifier.bias"][2] = float("nan")
+    torch.save(content, tmp_path / "nan.ckpt")
+    paths, _ = photographs(tmp_path / "in", 6, 0)  # of three sizes, one larger than a tile
+    base = ["--ckpt_path", tmp_path / "nan.ckpt", "--input", tmp_path / "in" / "right", "--output", tmp_path / "out"]
+    assert predict(*base, *how, "--save", "mask,probability,rle") == 1
+    said = capsys.readouterr()
+    for path in paths[::2]:
+        assert f"error: the network's output for {path} is not finite: " in said.err
+    assert "0 of 3 images predicted" in said.out
+    assert os.listdir(tmp_path / "out") == ["summary.csv"]
+    assert (tmp_path / "out" / "summary.csv").read_text().count("\n") == 1
+
+
+def test_one_that_is_not_finite_does_not_stop_the_others(model, data, tmp_path):
+    paths = [tmp_path / f"{index}.png" for index in range(3)]
+    for value, path in enumerate(paths):
+        Image.new("RGB", (30, 20), (value, value, value)).save(path)
+
+    def hook(_, arguments, logits):
+        # The darkest of the batch.
+        logits[arguments[0].sum(dim=(1, 2, 3)).argmin(), 0, 0, 0] = float("inf")
+
+    handle = model.register_forward_hook(hook)
+    outcomes = list(predict_files(Predictor(model, data, device="cpu"), paths, tmp_path / "out", batch_size=3))
+    handle.remove()
+    assert [outcome.error is None for outcome in outcomes] == [False, True, True]
+    assert sorted(os.listdir(tmp_path / "out")) == ["1.png", "2.png"]
+
+
+def test_a_run_that_nobody_draws_from_to_the_end_keeps_its_rows(model, data, tmp_path, monkeypatch):
+    paths, _ = photographs(tmp_path / "in", 6, 0)
+    events = []
+    write, close = Outputs.write, Summary.close
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        write(*arguments)
+        events.append("written")
+
+    def closed(table):
+        close(table)
+        events.append("closed")
+
+    monkeypatch.setattr(Outputs, "write", slow)
+    monkeypatch.setattr(Summary, "close", closed)
+    predictor = Predictor(model, data, device="cpu")
+    running = predict_files(predictor, paths, tmp_path / "out", summary=True)
+    next(running)
+    running.close()
+    assert events.count("written") > 1
+    assert events.index("closed") == len(events) - 1  # after all that was under way
+    assert not (tmp_path / "out" / "summary.csv").exists()
+    outcomes = list(predict_files(predictor, paths, tmp_path / "out", existing="skip", summary=True))
+    assert outcomes[0].skipped
+    list(predict_files(predictor, paths, tmp_path / "fresh", summary=True))
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
 class _FabricOfOneProcess:
     """Lightning's Fabric, but rank after rank in this process."""
 
@@ -519,12 +630,13 @@ def test_rows_of_a_stopped_run_are_older_than_those_of_the_next(trained, tmp_pat
     out = tmp_path / "out"
     out.mkdir()
     for rank in range(4):
-        row = json.dumps([f"left/{2 * rank + 1:04d}", 1, 1, 0.5, 0, 0, 0, 1])
-        (out / f".summary.{rank}.journal").write_text(f"\n{row}\n")
+        with contextlib.closing(Summary(out, ["sky", "road", "tree", "car"])) as table:
+            table.add(f"left/{2 * rank + 1:04d}", Seen(1, 1, [0, 0, 0, 1], 0.5))
     assert predict(*base, "--output", out, "--overwrite") == 0
     rows = (out / "summary.csv").read_text().splitlines()
-    assert "left/0007,1,1,0.5,0,0,0,1" in rows  # of an image that this run did not have
-    rows.remove("left/0007,1,1,0.5,0,0,0,1")
+    stopped = "left/0007,1,1,0.5,0.0,0.0,0.0,1.0"
+    assert stopped in rows  # of an image that this run did not have
+    rows.remove(stopped)
     assert rows == (tmp_path / "fresh" / "summary.csv").read_text().splitlines()
     assert not list(out.glob(".*"))
 
