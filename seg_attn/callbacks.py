@@ -17,6 +17,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
+from seg_attn.data.progress import Progress
 from seg_attn.draw import colorize
 from seg_attn.task import SegmentationTask, predicted_classes
 
@@ -102,16 +103,43 @@ class StopOnSignal(Callback):
 
 
 class PlainProgress(Callback):
-    """One line per epoch, for logs and pipes, where a progress bar would be noise."""
+    """A line per epoch, and one now and then in long work: for logs and pipes, where a progress bar would be noise."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self._validated = False
+        self._epoch = self._evaluation = Progress("", 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the time."""
         self._started = time.monotonic()
         self._validated = False
+        self._epoch = Progress(_epoch(trainer), trainer.num_training_batches)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say how far the epoch is; a resumed one does not begin at its first batch."""
+        if trainer.is_global_zero:
+            self._epoch.advance(batch_idx + 1 - self._epoch.done)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._evaluation = Progress("validation", sum(trainer.num_val_batches))
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the time."""
+        self._evaluation = Progress("test", sum(trainer.num_test_batches))
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Say how far the validation is."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            self._evaluation.advance()
+
+    def on_test_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Say how far the test is."""
+        if trainer.is_global_zero:
+            self._evaluation.advance()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that this epoch has figures of its own; Lightning keeps an earlier epoch's."""
@@ -124,12 +152,16 @@ class PlainProgress(Callback):
         metrics = trainer.callback_metrics
         names = ("train/loss_epoch", "val/loss", "val/miou") if self._validated else ("train/loss_epoch",)
         parts = [
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs or '?'}",
+            _epoch(trainer),
             f"step {trainer.global_step}",
             *(f"{name} {float(metrics[name]):.4f}" for name in names if name in metrics),
             f"{time.monotonic() - self._started:.1f} s",
         ]
         print("  ".join(parts).replace("train/loss_epoch", "train/loss"), flush=True)
+
+
+def _epoch(trainer: Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs or '?'}"
 
 
 class Panels(Callback):

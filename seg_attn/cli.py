@@ -7,6 +7,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from typing import Any, NoReturn
 
 from seg_attn.errors import InputError
+from seg_attn.parsing import readable
 
 USAGE_ERROR = 2
 
@@ -170,10 +172,10 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _fail(error: Exception, debug: bool, code: int = USAGE_ERROR) -> int:
+def _fail(error: BaseException, debug: bool, said: str | None = None, code: int = USAGE_ERROR) -> int:
     if debug:
-        raise error
-    print(f"error: {_one_line(str(error)) or type(error).__name__}", file=sys.stderr)
+        traceback.print_exception(error)
+    print(f"error: {_one_line(said or str(error)) or type(error).__name__}", file=sys.stderr)
     return code
 
 
@@ -182,16 +184,27 @@ def _fail_unexpectedly(error: Exception, debug: bool) -> int:
     if isinstance(code, int):  # RunInterruptedError
         print(_one_line(str(error)), file=sys.stderr)
         return code
-    if isinstance(error, OSError) or type(error).__name__ == "ArgumentError" or _raised_here(error):
+    if type(error).__name__ == "ArgumentError":
+        return _fail(error, debug, readable(str(error)))
+    if isinstance(error, OSError):
         return _fail(error, debug)
-    if debug:
-        raise error
-    print(f"error: {type(error).__name__}: {_one_line(str(error))} (--debug shows where)", file=sys.stderr)
-    return 1
+    if (check := _own_check(error)) is not None:
+        return _fail(error, debug, str(check))
+    hint = "" if debug else " (--debug shows where)"
+    return _fail(error, debug, f"{type(error).__name__}: {error}{hint}", code=1)
 
 
-def _raised_here(error: Exception) -> bool:
-    """Whether one of our own argument checks raised it: those say what is wrong and how to mend it."""
+def _own_check(error: BaseException | None) -> BaseException | None:
+    """The argument check of ours that raised it, which says what is wrong and how to mend it.
+
+    jsonargparse wraps what a constructor raises.
+    """
+    while error is not None and not _raised_here(error):
+        error = error.__cause__
+    return error
+
+
+def _raised_here(error: BaseException) -> bool:
     if not isinstance(error, (ValueError, TypeError)) or error.__traceback__ is None:
         return False
     last = error.__traceback__

@@ -121,8 +121,10 @@ class Summary:
         said = f"ASPP rates at output stride {self.output_stride}: {', '.join(map(str, self.atrous_rates))}"
         if self.oversized_rates:
             rows, columns = self.map_size
+            rates = ", ".join(map(str, self.oversized_rates))
+            subject = f"rate {rates} is" if len(self.oversized_rates) == 1 else f"rates {rates} are"
             said += (
-                f"\nwarning: rate {', '.join(map(str, self.oversized_rates))} is as large as both sides of the "
+                f"\nwarning: {subject} as large as both sides of the "
                 f"{rows} x {columns} map: a 3x3 kernel there\nsees nothing but its centre. "
                 "Choose smaller atrous_rates, a larger image or a smaller output stride."
             )

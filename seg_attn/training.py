@@ -6,18 +6,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+from seg_attn.attention import ATTENTION
 from seg_attn.callbacks import Panels, PlainProgress, RunInterruptedError, StopOnSignal
-from seg_attn.checkpoint import Checkpoint, load_checkpoint
+from seg_attn.checkpoint import MODEL_PREFIX, Checkpoint, DataInfo, load_checkpoint
 from seg_attn.data import MaskFolderDataModule, SampleDataModule, VOCDataModule
 from seg_attn.data.dataset import end_workers
 from seg_attn.errors import InputError
+from seg_attn.models import DeepLabV3
 from seg_attn.models.pretrained import check_keys, weights_follow
+from seg_attn.parsing import show_choices
 from seg_attn.report import per_class_table, write_metrics
 from seg_attn.task import SegmentationTask
 
@@ -32,26 +37,69 @@ class TrainingCLI(LightningCLI):
     typed value that differs is said.
     """
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; that there are data is seen to later, in words that help."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.add_lightning_class_args(SegmentationTask, "model")
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=False)
+        show_choices(parser, "model.attention", "Names", ATTENTION)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep apart what was typed (config files and command line) from defaults."""
         self._typed_precision = any(str(argument).startswith("--trainer.precision") for argument in args)
         self.config = parser.parse_args(args)
         self.typed: Namespace = parser.parse_args(args, defaults=False)
+        command = self.config.subcommand
+        if self.config[command].data is None:
+            raise InputError(
+                f"no data: give --config FILE, or --data and --data.root DIR (see `seg-attn {command} --help`)"
+            )
 
     def _parse_ckpt_path(self) -> None:
-        """Fill in the checkpoint's hyper-parameters where the user typed none."""
+        """Fill in the checkpoint's hyper-parameters, mean and std where the user typed none."""
         subcommand = self.config.subcommand
         path = self.config[subcommand].get("ckpt_path")
         self.checkpoint: Checkpoint | None = None
         if path is None:
+            if subcommand != "fit":
+                self._take_initial_weights(subcommand)
             return
         self.checkpoint = load_checkpoint(path)
+        self._normalise_as(self.checkpoint.data, path)
         kept = dict(self.checkpoint.hyper_parameters)
         for name, value in self._typed_model().items():
             before = kept.pop(name, value)
             if _plain(before) != _plain(value):
                 print(f"model.{name}: {value} as given, instead of the checkpoint's {before}", file=sys.stderr)
         self.config = self.parser.parse_object({subcommand: {"model": kept}}, self.config)
+
+    def _take_initial_weights(self, subcommand: str) -> None:
+        """Evaluate the weights of `init_from`, which are a checkpoint's as well; there must be some."""
+        source = self.config[subcommand].model.init_from
+        if source is None:
+            raise InputError(
+                f"--ckpt_path is missing: name the checkpoint to {subcommand}, such as "
+                "runs/fit/version_0/checkpoints/best.ckpt"
+            )
+        self._normalise_as(load_checkpoint(source).data, source)
+
+    def _normalise_as(self, trained: DataInfo, path: str | Path) -> None:
+        """Fill in the mean and std of a checkpoint's training, and say where typed ones differ."""
+        arguments = self.config[self.config.subcommand].data.get("init_args", {})
+        typed = self.typed[self.config.subcommand].data.get("init_args", {})
+        differing = []
+        for name, value in (("mean", trained.mean), ("std", trained.std)):
+            if name not in typed:
+                if name in arguments:
+                    arguments[name] = value
+            elif _plain(typed[name]) != value:
+                differing.append((f"data.{name} {_plain(typed[name])}", f"{name} {value}"))
+        if differing:
+            given, trained_with = (", ".join(texts) for texts in zip(*differing, strict=True))
+            print(
+                f"warning: images are normalised as given ({given}), not as in the training of {path} ({trained_with})",
+                file=sys.stderr,
+            )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -89,7 +137,7 @@ class TrainingCLI(LightningCLI):
         differing = [
             f"model.{name} is {_plain(value)!r} here and {_plain(arguments[name])!r} in the checkpoint"
             for name, value in self._typed_model().items()
-            if name in arguments and _plain(value) != _plain(arguments[name])
+            if name in arguments and _plain(value) != _plain(arguments[name]) and self._other_weights(name, value)
         ]
         return (
             f"{self.checkpoint.path} holds another network: {'; '.join(differing)}; "
@@ -97,6 +145,17 @@ class TrainingCLI(LightningCLI):
             if differing
             else ""
         )
+
+    def _other_weights(self, name: str, value: Any) -> bool:
+        """Whether the checkpoint's network with this one argument changed has other keys or shapes."""
+        assert self.checkpoint is not None
+        try:
+            with torch.device("meta"), weights_follow():
+                changed = DeepLabV3(**{**self.checkpoint.model_arguments, name: _plain(value)})
+        except ValueError:  # it goes with another argument only
+            return True
+        own = {f"{MODEL_PREFIX}{key}": tensor.shape for key, tensor in changed.state_dict().items()}
+        return own != {key: tensor.shape for key, tensor in self.checkpoint.state_dict.items()}
 
     def _typed_model(self) -> dict[str, Any]:
         """The model's hyper-parameters that a config file or the command line names."""
@@ -115,7 +174,20 @@ class TrainingCLI(LightningCLI):
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *self._callbacks(config)]
         # Ours say the same in fewer words.
         kwargs["enable_model_summary"] = bool(config.get("enable_model_summary"))
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ImportError, MisconfigurationException, TypeError, ValueError) as error:
+            raise InputError(self._wrong_trainer(str(error))) from error
+
+    def _wrong_trainer(self, reason: str) -> str:
+        """Lightning's words, behind the typed arguments that they are about."""
+        typed = dict(self.typed[self.config.subcommand].get("trainer") or {})
+        named = [
+            f"trainer.{name} {value}"
+            for name, value in typed.items()
+            if name in reason or (isinstance(value, str) and value in reason)
+        ]
+        return f"{', '.join(named) or 'trainer'}: {reason.rstrip('.! ')}; give another value, or leave it out"
 
     def _callbacks(self, config: Any) -> list[Callback]:
         given = config.get("callbacks") or []

@@ -1,5 +1,6 @@
 """The command line, in-process: the whole way from data to masks, and what a user sees when something is wrong."""
 
+import inspect
 import json
 import os
 import re
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jsonargparse
 import numpy as np
 import pytest
 import torch
@@ -16,9 +19,14 @@ import yaml
 from PIL import Image
 from torchvision.models import resnet18
 
+from seg_attn.attention import ATTENTION, SqueezeExcite
+from seg_attn.callbacks import PlainProgress
 from seg_attn.cli import main
+from seg_attn.data import MaskFolderDataModule, SampleDataModule, VOCDataModule, progress
 from seg_attn.data.images import read_mask
 from seg_attn.data.sample import write_sample
+from seg_attn.models import DeepLabV3
+from seg_attn.task import SegmentationTask
 
 pytestmark = pytest.mark.filterwarnings("ignore:atrous rate")
 
@@ -112,8 +120,9 @@ def test_a_second_config_wins_over_the_checkpoint(checkpoint, config, tmp_path, 
 
 def test_another_network_than_the_checkpoints_is_said(checkpoint, config, tmp_path, capsys):
     arguments = ["test", "--config", config, "--ckpt_path", checkpoint, "--model.fusion", "iaff"]
-    line = _error(capsys, [*arguments, "--trainer.default_root_dir", tmp_path])
-    assert "model.fusion is 'iaff' here and 'aff' in the checkpoint" in line
+    beside = ["--model.output_stride", "8", "--model.backbone_weights", "imagenet", "--model.dropout", "0.1"]
+    line = _error(capsys, [*arguments, *beside, "--trainer.default_root_dir", tmp_path])
+    assert "holds another network: model.fusion is 'iaff' here and 'aff' in the checkpoint; leave out" in line
     assert list(tmp_path.iterdir()) == []
 
 
@@ -215,6 +224,174 @@ def test_unknown_argument(config, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("--data.batch_size 0", "batch_size must be at least 1, got 0"),
+        ("--data.std [1,1]", "mean and std must hold three numbers each, std positive, got [0.485, 0.456, 0.406] and"),
+        ("--data.scale [2,1]", "scale must be (smallest, largest) with 0 < smallest <= largest, got (2.0, 1.0)"),
+        ("--data.batch_size x", "data.batch_size: expected int, got x"),
+        ("--data.crop_size [a]", "data.crop_size: expected int, got a"),
+        (
+            "--data.nope 3",
+            "data: Problem with given class_path 'seg_attn.VOCDataModule': Option 'nope' is not accepted",
+        ),
+        ("--data Nope", "data: expected known class, got Nope"),
+        ("--model.lr x", "model.lr: expected float, got x"),
+        ("--model.optimizer nope", "model.optimizer: expected 'sgd', 'adamw', got nope"),
+        ("--seed_everything x", "seed_everything: expected bool or int, got x"),
+        ("--trainer.precision nope", "trainer.precision: expected int or 'transformer-engine', "),
+        ("--trainer.accelerator nonsense", "trainer.accelerator nonsense: You selected an invalid accelerator name"),
+        ("--trainer.strategy nope", "trainer.strategy nope: You selected an invalid strategy name"),
+        ("--trainer.limit_val_batches 7.5", "trainer.limit_val_batches 7.5: You have passed invalid value 7.5"),
+    ],
+)
+def test_a_bad_value_names_its_argument(config, capsys, tmp_path, typed, line):
+    arguments = ["fit", "--config", config, "--trainer.default_root_dir", tmp_path / "runs", *typed.split(" ")]
+    said = _error(capsys, arguments)
+    assert said.startswith(f"error: {line}")
+    assert "Union" not in said
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(config, capsys, tmp_path):
+    arguments = ["fit", "--config", config, "--trainer.default_root_dir", tmp_path, "--trainer.accelerator", "gpu"]
+    line = "error: trainer.accelerator gpu: No supported gpu backend found; give another value, or leave it out"
+    assert _error(capsys, arguments) == line
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_no_data(capsys, command):
+    line = f"error: no data: give --config FILE, or --data and --data.root DIR (see `seg-attn {command} --help`)"
+    assert _error(capsys, [command]) == line
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_random_weights_are_not_scored(config, checkpoint, capsys, tmp_path, command):
+    base = [command, "--config", config, "--trainer.default_root_dir", tmp_path / "runs"]
+    line = _error(capsys, [*base, "--data.root", tmp_path / "nowhere"])
+    assert f"--ckpt_path is missing: name the checkpoint to {command}" in line
+    assert not (tmp_path / "runs").exists()
+    for number, weights in enumerate((["--ckpt_path", checkpoint], ["--model.init_from", checkpoint])):
+        assert main([str(argument) for argument in [*base, *weights]]) == 0
+        assert (tmp_path / "runs" / command / f"version_{number}" / f"{command}_metrics.json").is_file()
+    written = [json.loads(path.read_text()) for path in sorted((tmp_path / "runs").rglob("*_metrics.json"))]
+    assert written[0]["confusion"] == written[1]["confusion"]
+
+
+def test_images_are_normalised_as_in_training(config, devkit, tmp_path, capsys):
+    base = ["--config", config, "--trainer.default_root_dir", tmp_path]
+    typed = ["--data.mean", "[0.1, 0.8, 0.3]", "--data.std", "[0.3, 0.2, 0.6]"]
+    assert main([str(argument) for argument in ["fit", *base, *typed, "--trainer.max_epochs", "1"]]) == 0
+    last = tmp_path / "fit" / "version_0" / "checkpoints" / "last.ckpt"
+    images, labels = _val_files(devkit)
+    predict = ["predict", "--ckpt_path", last, "--output", tmp_path / "masks", "--input", *images]
+    assert main([str(argument) for argument in predict]) == 0
+    capsys.readouterr()
+
+    def tested(number, *more):
+        assert main([str(argument) for argument in ["test", *base, *more]]) == 0
+        return json.loads((tmp_path / "test" / f"version_{number}" / "test_metrics.json").read_text())
+
+    report = tested(0, "--ckpt_path", last)
+    assert report["miou"] == pytest.approx(_miou_of_files(tmp_path / "masks", labels, 9), abs=1e-12)
+    assert tested(1, "--model.init_from", last)["confusion"] == report["confusion"]
+    assert tested(2, "--ckpt_path", last, *typed)["confusion"] == report["confusion"]
+    assert "warning: images" not in capsys.readouterr().err
+    assert tested(3, "--ckpt_path", last, "--data.mean", "[0.5, 0.5, 0.5]")["confusion"] != report["confusion"]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: images")]
+    assert said == [
+        "warning: images are normalised as given (data.mean [0.5, 0.5, 0.5]), "
+        f"not as in the training of {last} (mean [0.1, 0.8, 0.3])"
+    ]
+
+    assert main([str(argument) for argument in ["fit", *base, "--ckpt_path", last]]) == 0
+    resumed = torch.load(tmp_path / "fit" / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["data"]["mean"] == [0.1, 0.8, 0.3]
+    assert resumed["data"]["std"] == [0.3, 0.2, 0.6]
+
+
+def test_data_of_ones_own_need_no_mean(checkpoint, config, devkit, tmp_path, monkeypatch):
+    (tmp_path / "own_data.py").write_text(
+        f"""
+from pytorch_lightning import LightningDataModule
+from seg_attn.data import VOCDataModule
+
+class OwnData(LightningDataModule):
+    def test_dataloader(self):
+        return VOCDataModule({str(devkit)!r}, num_workers=0).test_dataloader()
+"""
+    )
+    (tmp_path / "own.yaml").write_text("data: own_data.OwnData\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    base = ["--ckpt_path", checkpoint, "--trainer.default_root_dir", tmp_path]
+    for chosen in (config, tmp_path / "own.yaml"):
+        assert main([str(argument) for argument in ["test", "--config", chosen, *base]]) == 0
+    reports = [json.loads((tmp_path / "test" / f"version_{i}" / "test_metrics.json").read_text()) for i in (0, 1)]
+    assert reports[0]["confusion"] == reports[1]["confusion"]
+
+
+@pytest.mark.parametrize("owner", [DeepLabV3, SegmentationTask, VOCDataModule, MaskFolderDataModule, SampleDataModule])
+def test_null_on_the_command_line_is_none(owner):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(owner, "it", skip={"model", "root"})
+    signature = inspect.signature(owner).parameters.values()
+    names = [argument.name for argument in signature if "None" in str(argument.annotation)]
+    assert names
+    for name in names:
+        parsed = parser.parse_args([f"--it.{name}", "null"])
+        assert parsed[f"it.{name}"] is None, name
+
+
+def test_no_backbone_weights_on_the_command_line(config, capsys, tmp_path, no_network, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overlay = tmp_path / "imagenet.yaml"
+    overlay.write_text("model:\n  backbone_weights: imagenet\ntrainer:\n  fast_dev_run: true\n")
+    arguments = ["fit", "--config", config, "--config", overlay, "--model.backbone_weights", "null"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "backbone_weights" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "summary"])
+def test_help_names_the_registered_blocks(command, capsys, monkeypatch):
+    monkeypatch.setitem(ATTENTION, "brand_new", SqueezeExcite)
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Names: {', '.join(ATTENTION)}." in shown
+    assert "brand_new" in shown
+
+
+def test_long_work_says_how_far_it_is(config, checkpoint, capsys, tmp_path, monkeypatch):
+    base = ["--config", config, "--trainer.default_root_dir", tmp_path]
+
+    def lines(*arguments):
+        assert main([str(argument) for argument in arguments]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if " of " in line and "warning" not in line]
+
+    evaluate = [*base, "--ckpt_path", checkpoint]
+    assert lines("test", *evaluate) == [], "short work says nothing extra"
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert lines("test", *evaluate) == [f"test: {done} of 3" for done in (1, 2, 3)]
+    assert lines("validate", *evaluate) == [f"validation: {done} of 3" for done in (1, 2, 3)]
+    assert lines("fit", *base, "--trainer.max_epochs", "1") == [
+        *(f"epoch 1/1: {done} of 3" for done in (1, 2, 3)),
+        *(f"validation: {done} of 3" for done in (1, 2, 3)),
+    ]
+
+
+def test_one_process_of_many_says_it(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    for first in (False, True):
+        trainer = SimpleNamespace(is_global_zero=first, num_test_batches=[2])
+        plain = PlainProgress()
+        plain.on_test_start(trainer, None)
+        plain.on_test_batch_end(trainer, None, None, None, 0)
+    assert capsys.readouterr().err == "test: 1 of 2\n"
+
+
 def test_a_corrupt_image_among_ten(checkpoint, devkit, capsys, tmp_path):
     source = _val_files(devkit)[0][0].read_bytes()
     for index in range(10):
@@ -227,11 +404,22 @@ def test_a_corrupt_image_among_ten(checkpoint, devkit, capsys, tmp_path):
     assert read_mask(tmp_path / "out" / "0.png").shape == (48, 64)
 
 
-def test_debug_shows_the_traceback(tmp_path):
-    from seg_attn.errors import InputError
+def test_debug_shows_the_traceback_and_changes_nothing_else(tmp_path, capsys, monkeypatch):
+    predict = ["predict", "--ckpt_path", str(tmp_path / "x"), "--input", __file__, "--output", str(tmp_path)]
+    for arguments in (predict, ["fit", "--nonsense", "3"]):
+        line = _error(capsys, arguments)
+        assert main(["--debug", *arguments]) == 2
+        shown = capsys.readouterr().err.splitlines()
+        assert any(text.startswith("Traceback") for text in shown)
+        assert shown[-1] == line
 
-    with pytest.raises(InputError):
-        main(["--debug", "predict", "--ckpt_path", str(tmp_path / "x"), "--input", __file__, "--output", str(tmp_path)])
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("seg_attn.commands.prices.run", broken)
+    assert _error(capsys, ["prices"], code=1) == "error: RuntimeError: a bug (--debug shows where)"
+    assert main(["prices", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_imagenet_weights_offline_are_one_line(config, capsys, tmp_path, monkeypatch, no_network):

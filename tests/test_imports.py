@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "predict": {"checkpoint", "data", "errors", "models", "prediction"},
     "sharding": {"errors", "predict", "prediction"},
     "export": {"checkpoint", "errors", "models"},
-    "statistics": set(),
+    "statistics": {"report"},
     "boundaries": {"data", "statistics"},
     "memory": {"predict"},
     "compare": {
@@ -49,8 +49,19 @@ MAY_IMPORT = {
     "seeds": {"checkpoint"},
     "comparison_page": {"compare", "data", "report"},
     "comparison_report": {"compare", "comparison_page", "data", "report"},
-    "callbacks": {"draw", "task"},
-    "training": {"callbacks", "checkpoint", "data", "errors", "models", "report", "task"},
+    "callbacks": {"data", "draw", "task"},
+    "parsing": set(),
+    "training": {
+        "attention",
+        "callbacks",
+        "checkpoint",
+        "data",
+        "errors",
+        "models",
+        "parsing",
+        "report",
+        "task",
+    },
 }
 HEAVY = ("torch", "torchvision", "numpy", "pytorch_lightning", "albumentations", "segmentation_models_pytorch", "PIL")
 

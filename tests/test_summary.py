@@ -196,6 +196,9 @@ def test_prints_in_100_columns_and_as_json(everything):
     assert str(summary.dilation_plan) in text
     assert "DeepLabV3 on resnet18, 5 classes, output stride 16: image 257 x 257, last map 17 x 17" in text
     assert "warning: rate 18 is as large as both sides of the 17 x 17 map" in text
+    with torch.device("meta"):
+        several = str(summarize(DeepLabV3("resnet18"), 180, 180))
+    assert "warning: rates 12, 18 are as large as both sides of the 12 x 12 map" in several
     assert f"GMACs are half: {summary.total.flops / 2e9:,.2f}" in text
     total = next(line for line in text.splitlines() if line.startswith("total"))
     assert total.split()[1:3] == [f"{summary.total.parameters:,}", "100.0"]

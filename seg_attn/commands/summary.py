@@ -7,8 +7,10 @@ from typing import Any
 
 import jsonargparse
 
+from seg_attn.attention import ATTENTION
 from seg_attn.models.deeplabv3 import DeepLabV3
 from seg_attn.models.pretrained import weights_follow
+from seg_attn.parsing import show_choices
 from seg_attn.summary import summarize
 from seg_attn.task import SegmentationTask
 
@@ -37,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--latency_runs", type=int, default=0, help="time every variant so often; 0 counts only")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_class_arguments(SegmentationTask, "model")
+    show_choices(parser, "model.attention", "Names", ATTENTION)
     for name in NOT_LOOKED_AT:
         parser.add_argument(f"--{name}", type=Any, default=None, help="as in a config of `fit`; not looked at")
     parsed = parser.parse_args(list(arguments[1:]))

@@ -24,7 +24,7 @@ class Progress:
         ...     progress.advance(3)
     """
 
-    def __init__(self, label: str, total: int, *, is_bytes: bool = False) -> None:
+    def __init__(self, label: str, total: float, *, is_bytes: bool = False) -> None:
         self.label = label
         self.total = total
         self.done = 0

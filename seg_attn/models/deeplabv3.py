@@ -6,6 +6,7 @@ Papers: DeepLabv3 (arXiv 1706.05587), DeepLabv3+ (arXiv 1802.02611), AFF (arXiv 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ class DeepLabV3(nn.Module):
         aux_head: bool = False,
         separable: bool | str = False,
         align_corners: bool = False,
-        backbone_weights: str | PathLike[str] | None = None,
+        backbone_weights: str | Path | None = None,  # of `str | PathLike` jsonargparse makes a path named None
         decoder_channels: int = 256,
         dropout: float = 0.5,
         refine_aspp: bool = False,
