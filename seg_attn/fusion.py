@@ -194,11 +194,11 @@ FUSION: dict[str, type[Fusion]] = {
 }
 
 
-def build_fusion(spec: str | Mapping[str, Any], channels: int, **defaults: Any) -> Fusion:
+def build_fusion(name: str | Mapping[str, Any], channels: int, **defaults: Any) -> Fusion:
     """Build a fusion from what a config says.
 
     Args:
-        spec: a name of `FUSION`, or {"name": ..., **options}. Its options win over `defaults`.
+        name: a name of `FUSION`, or {"name": ..., **options}. Its options win over `defaults`.
         channels: C of both inputs ("concat" does without it).
         **defaults: options for the fusions that have them: `build_fusion(spec, 64, gain=2, zero_init=True)` builds
             "aff" so, and "add", which has no gain, as ever.
@@ -213,12 +213,12 @@ def build_fusion(spec: str | Mapping[str, Any], channels: int, **defaults: Any) 
         >>> build_fusion({"name": "aff", "reduction": 8}, 64, gain=2).gain
         2.0
     """
-    name, given = parse_spec(FUSION, "fusion", spec)
+    chosen, given = parse_spec(FUSION, "fusion", name)
     positive_int("channels", channels)
     all_options = dict.fromkeys(option for fusion in FUSION.values() for option in options_of(fusion))
     for option in defaults:
         if option not in all_options:
             raise ValueError(unknown_message("fusion option", option, all_options))
-    known = options_of(FUSION[name])
+    known = options_of(FUSION[chosen])
     applicable = {option: value for option, value in defaults.items() if option in known}
-    return FUSION[name](channels, **{**applicable, **given})
+    return FUSION[chosen](channels, **{**applicable, **given})

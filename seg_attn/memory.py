@@ -17,8 +17,6 @@ import torch
 
 from seg_attn.predict import Predictor
 
-STATUS = Path("/proc/self/status")
-
 
 def peak_memory(checkpoint: Path, image: Path, arguments: Mapping[str, Any], threads: int) -> int | None:
     """Measure the peak of resident memory while an image is predicted on the CPU, in bytes.
@@ -32,7 +30,7 @@ def peak_memory(checkpoint: Path, image: Path, arguments: Mapping[str, Any], thr
     Returns:
         Bytes; None where the system does not tell, or the process did not come through.
     """
-    if not STATUS.exists():
+    if not _status("self").exists():
         return None
     order = json.dumps([str(checkpoint), str(image), dict(arguments), threads])
     command = [sys.executable, "-m", "seg_attn.memory", order]
@@ -41,10 +39,24 @@ def peak_memory(checkpoint: Path, image: Path, arguments: Mapping[str, Any], thr
     return int(lines[-1]) if done.returncode == 0 and lines else None
 
 
-def high_water() -> int:
-    """Most bytes of memory that were resident in this process since it began, or since `forget_high_water`."""
-    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii").splitlines())
-    return 1024 * int(fields["VmHWM"].split()[0])
+def high_water(process: int | None = None) -> int:
+    """Most bytes of memory that were resident in a process since it began, or since `forget_high_water`.
+
+    Args:
+        process: Its number; None is this one.
+
+    Returns:
+        0 for a process that has ended and is yet to be waited for.
+
+    Raises:
+        OSError: If there is no such process, or the system does not tell.
+    """
+    fields = dict(line.split(":", 1) for line in _status(process or "self").read_text().splitlines())
+    return 1024 * int(fields.get("VmHWM", "0").split()[0])
+
+
+def _status(process: int | str) -> Path:
+    return Path(f"/proc/{process}/status")
 
 
 def forget_high_water() -> None:

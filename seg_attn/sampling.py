@@ -111,6 +111,7 @@ def draw_taps(model: DeepLabV3, output_strides: Sequence[int] = (32, 16, 8)) -> 
             frameon=False,
             handletextpad=0.2,
         )
+        axes.set_anchor("N")  # what is left of the height is the legend's
         _frame(axes, f"output stride {stride}: a value every {stride} px", reach)
     figure.suptitle(
         "Taps of ASPP's 3×3 branches for one output value (black), over the values of the map (grey)", fontsize=9

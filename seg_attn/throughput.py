@@ -5,6 +5,7 @@ all threads, argmax, Pillow writes a palette PNG. Both go over all images in tur
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import segmentation_models_pytorch
 import torch
 from PIL import Image
 from torch import nn
@@ -25,12 +27,13 @@ from torchvision.transforms import functional as transforms
 
 from seg_attn.checkpoint import DataInfo, save_model
 from seg_attn.data.benchmark import write_scenes
-from seg_attn.data.images import read_image, read_mask, voc_palette
+from seg_attn.data.images import image_size, read_image, read_mask, voc_palette
 from seg_attn.errors import InputError
+from seg_attn.memory import high_water
 from seg_attn.metrics import SegmentationMetrics, as_report
 from seg_attn.models.deeplabv3 import DeepLabV3
 from seg_attn.models.importing import import_weights
-from seg_attn.models.pretrained import read_state_dict
+from seg_attn.models.pretrained import check_keys, read_state_dict
 from seg_attn.predict import Predictor, find_images, predict_files
 
 LOOP = "plain loop"
@@ -47,7 +50,7 @@ class PlainLoop:
     """Image by image, stage after stage.
 
     Args:
-        network: torchvision's.
+        network: A peer's.
         data: Mean, deviation and palette.
 
     Attributes:
@@ -70,7 +73,9 @@ class PlainLoop:
                 tensor = transforms.to_tensor(file.convert("RGB"))
             batch = transforms.normalize(tensor, self.data.mean, self.data.std)[None]
             moments.append(time.perf_counter())
-            classes = self.network(batch)["out"].argmax(dim=1)[0].to(torch.uint8).numpy()
+            logits = self.network(batch)
+            logits = logits["out"] if isinstance(logits, dict) else logits
+            classes = logits.argmax(dim=1)[0].to(torch.uint8).numpy()
             moments.append(time.perf_counter())
             mask = Image.fromarray(classes)
             mask.putpalette(palette.tobytes())
@@ -80,44 +85,81 @@ class PlainLoop:
                 self.seconds[stage] += ended - began
 
 
-def torchvision_network(weights: Path | None, images: Sequence[Path], data: DataInfo) -> nn.Module:
-    """Torchvision's network with weights from a file, or else random ones whose statistics are those of the images."""
-    torch.manual_seed(0)
-    state = None if weights is None else read_state_dict(weights)
-    classes = len(data.class_names) if state is None else len(state["classifier.4.weight"])
+def _torchvision(classes: int) -> nn.Module:
     network: nn.Module = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=classes)
+    return network
+
+
+def _smp(classes: int) -> nn.Module:
+    network: nn.Module = segmentation_models_pytorch.DeepLabV3("resnet50", encoder_weights=None, classes=classes)
+    return network
+
+
+# How a peer's DeepLabV3 with ResNet-50 at output stride 8 is made, and which of its weights has a row per class.
+PEERS = {"torchvision": (_torchvision, "classifier.4.weight"), "smp": (_smp, "segmentation_head.0.weight")}
+
+
+def peer_network(peer: str, weights: Path | None, images: Sequence[Path], data: DataInfo) -> nn.Module:
+    """A peer's network with weights from a file, or else random ones whose statistics are those of the images.
+
+    Raises:
+        InputError: If the weights are not that network's.
+    """
+    torch.manual_seed(0)
+    build, last = PEERS[peer]
+    state = None if weights is None else read_state_dict(weights)
     if state is not None:
-        network.load_state_dict({key: value for key, value in state.items() if not key.startswith("aux_classifier.")})
+        if last not in state:
+            raise InputError(f"{weights} does not hold the weights of {peer}'s DeepLabV3 with ResNet-50: no {last}")
+        network = build(len(state[last]))
+        own = {key: value for key, value in state.items() if not key.startswith("aux_classifier.")}
+        check_keys(network.state_dict(), own, str(weights))
+        network.load_state_dict(own)
         return network.eval()
+    network = build(len(data.class_names))
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # the mean over the batches seen
     batch = torch.stack([transforms.to_tensor(cv2.resize(read_image(path), (160, 120))) for path in images[:4]])
+    batch = torch.cat([batch, batch / 2])  # more than one, so that pooled values have a deviation
     with torch.no_grad():
         network.train()(transforms.normalize(batch, data.mean, data.std))
     return network.eval()
 
 
 def measure(
-    images: Sequence[Path], rounds: int, weights: Path | None = None, labels: Path | None = None
+    images: Sequence[Path],
+    rounds: int,
+    weights: Path | None = None,
+    labels: Path | None = None,
+    peer: str = "torchvision",
 ) -> list[dict[str, Any]]:
     """Time the loop and ours in turns, after one turn that is not timed.
 
     Args:
         images: Photographs.
         rounds: Timed turns.
-        weights: torchvision weights of `deeplabv3_resnet50`; None makes random ones.
+        weights: Weights of the peer's network; None makes random ones.
         labels: Folder of index masks with the photographs' stems, for mean IoU.
+        peer: Whose DeepLabV3 with ResNet-50 the loop runs, and whose weights ours takes over: "torchvision" or "smp".
 
     Returns:
         A row for the loop and each of ours: `way`, `images_per_s` (median), `ratio` (of the loop's time to it, median
         over the turns), `ratio_range`, `equal` (share of pixels as in the loop's masks), `miou` (where there are
         labels), and for the loop `shares` of its stages and `bound`: the ratio that a way would reach that spends the
         loop's time on the network and none on the rest.
+
+    Raises:
+        InputError: If the weights are not the peer's, or it does not take the photographs' sizes.
     """
+    if peer == "smp":
+        for path in images:
+            height, width = image_size(path)
+            if height % 8 or width % 8:
+                raise InputError(f"{path} is {width}x{height}: SMP's network takes sizes that 8 divides, and no other")
     data = DataInfo.default(21)
-    network = torchvision_network(weights, images, data)
-    model = import_weights(network.state_dict(), source="torchvision")
+    network = peer_network(peer, weights, images, data)
+    model = import_weights(network.state_dict(), source=peer)
     data = DataInfo.default(model.num_classes)
     with tempfile.TemporaryDirectory() as scratch:
         save_model(Path(scratch) / "model.ckpt", model, data)
@@ -159,7 +201,7 @@ def measure(
     return rows
 
 
-def peak_memory(sizes: Sequence[tuple[int, int]], tile: int, **model: Any) -> list[dict[str, Any]]:
+def memory_by_size(sizes: Sequence[tuple[int, int]], tile: int, **model: Any) -> list[dict[str, Any]]:
     """Predict one drawn image per size by tiles, each in a process of its own, and watch its memory.
 
     Args:
@@ -206,7 +248,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of photographs (default: 16 drawn ones)")
     parser.add_argument("--labels", type=Path, metavar="DIR", help="their index masks: adds mean IoU")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="weights of torchvision's deeplabv3_resnet50 (default: random)"
+        "--peer", choices=PEERS, default="torchvision", help="whose DeepLabV3 the loop runs (default: torchvision)"
+    )
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="weights of the peer's DeepLabV3 with ResNet-50 (default: random)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N photographs")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns (default: 5)")
@@ -225,7 +270,7 @@ def run(args: argparse.Namespace) -> int:
     if args.rounds < 1 or (args.limit is not None and args.limit < 1):
         raise InputError("--rounds and --limit must be at least 1")
     if args.memory:
-        rows = peak_memory(HUGE, args.tile, backbone=args.backbone)
+        rows = memory_by_size(HUGE, args.tile, backbone=args.backbone)
         lines = [f"{'image':<14}{'peak GiB':>10}{'image + mask':>14}{'rest':>8}{'seconds':>9}"]
         for row in rows:
             peak, own = (row[name] / 2**30 for name in ("peak_bytes", "image_and_mask_bytes"))
@@ -234,13 +279,13 @@ def run(args: argparse.Namespace) -> int:
         return _print(rows, lines, args.json)
     with tempfile.TemporaryDirectory() as scratch:
         if args.images is None:
-            images = [pair.image for pair in write_scenes(Path(scratch), 16)]
+            images = [pair.image for pair in write_scenes(Path(scratch), 16, size=(376, 504))]
         else:
             images = find_images([args.images])
         images = images[: args.limit]
-        rows = measure(images, args.rounds, args.weights, args.labels)
+        rows = measure(images, args.rounds, args.weights, args.labels, args.peer)
     lines = [
-        f"{len(images)} images, {torch.get_num_threads()} threads, median of {args.rounds} turns",
+        f"network of {args.peer}: {len(images)} images, {torch.get_num_threads()} threads, median of {args.rounds}",
         f"{'way':<32}{'images/s':>9}{'speed, loop = 1':>24}{'equal pixels':>14}{'mIoU':>8}",
     ]
     for row in rows:
@@ -290,13 +335,9 @@ def _miou(images: Sequence[Path], predictions: Path, labels: Path, model: DeepLa
 def _watch(process: "subprocess.Popen[bytes]") -> int:
     """The most memory that a process had resident, in bytes, asked for until it ends."""
     peak = 0
-    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        try:
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        except OSError:
-            break
-        peak = max(peak, 1024 * int(lines.get("VmHWM", "0").split()[0]))
+        with contextlib.suppress(OSError):
+            peak = max(peak, high_water(process.pid))
         time.sleep(0.05)
     process.wait()
     return peak

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from seg_attn import DeepLabV3
+from seg_attn.explain import figure_png
 from seg_attn.sampling import aspp_rates, draw_paths, draw_taps, last_stage_rates, path_counts, tap_offsets
 
 
@@ -60,6 +61,9 @@ def test_drawings(model):
         "24: 192 px",
         "36: 288 px",
     ]
+    figure_png(taps)
+    bottom, room = taps.axes[1].get_legend().get_window_extent().ymin, taps.bbox.ymin
+    assert bottom >= room, "the legend is cut off"
     paths = draw_paths({"with": model, "without": DeepLabV3("resnet18", num_classes=2, multi_grid=None)})
     assert paths.axes[0].get_title() == "with\nrates 32, 64, 128 px"
     assert paths.axes[0].collections[0].get_array().sum() == 9**3

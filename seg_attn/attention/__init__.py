@@ -42,13 +42,13 @@ ATTENTION: dict[str, type[nn.Module]] = {
 AttentionSpec = str | Mapping[str, Any]
 
 
-def build_attention(spec: AttentionSpec | Sequence[AttentionSpec], channels: int, **kwargs: Any) -> nn.Module:
+def build_attention(name: AttentionSpec | Sequence[AttentionSpec], channels: int, **kwargs: Any) -> nn.Module:
     """Build an attention block, or a chain of them, from what a config says.
 
     Args:
-        spec: a name of `ATTENTION`; or {"name": ..., **options}; or a list of these, chained in order.
+        name: a name of `ATTENTION`; or {"name": ..., **options}; or a list of these, chained in order.
         channels: C of the maps it gets and returns.
-        **kwargs: options of the block (of each block of a chain); those in `spec` win over them.
+        **kwargs: options of the block (of each block of a chain); those in `name` win over them.
 
     Returns:
         The block; for a list an `nn.Sequential` of the blocks (an empty one is the identity).
@@ -63,7 +63,7 @@ def build_attention(spec: AttentionSpec | Sequence[AttentionSpec], channels: int
         >>> [type(block).__name__ for block in build_attention(["eca", {"name": "sk", "branches": 3}], 64)]
         ['ECA', 'SelectiveKernel']
     """
-    if isinstance(spec, Sequence) and not isinstance(spec, str):
-        return nn.Sequential(*(build_attention(entry, channels, **kwargs) for entry in spec))
-    name, options = parse_spec(ATTENTION, "attention block", spec, kwargs)
-    return ATTENTION[name](channels, **options)
+    if isinstance(name, Sequence) and not isinstance(name, str):
+        return nn.Sequential(*(build_attention(entry, channels, **kwargs) for entry in name))
+    block, options = parse_spec(ATTENTION, "attention block", name, kwargs)
+    return ATTENTION[block](channels, **options)
