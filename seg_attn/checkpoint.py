@@ -24,7 +24,7 @@ from seg_attn.models.pretrained import check_keys, read_torch_file, weights_foll
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MODEL_PREFIX = "model."
-TRAINING = ("global_step", "callbacks", "lr_schedulers")
+TRAINING = ("global_step", "lr_schedulers", "run")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Checkpoint:
         hyper_parameters: Those of the run, flat; a `DeepLabV3`'s arguments among them.
         state_dict: The weights of the task; the model's under `model.`.
         data: What the model was trained on.
-        training: What Lightning kept of the training besides, by its names: steps, callbacks, schedules.
+        training: What the file holds of the training besides: Lightning's `global_step` and `lr_schedulers`, and `run`,
+            the `id` of the run and how it trained; None for what it does not hold.
     """
 
     path: Path

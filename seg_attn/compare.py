@@ -11,7 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from seg_attn.memory import peak_memory
 from seg_attn.metrics import iou_from_confusion
 from seg_attn.models.deeplabv3 import DeepLabV3
 from seg_attn.predict import Predictor
+from seg_attn.prediction.device import resolve_device
 from seg_attn.prediction.settings import Settings
 from seg_attn.report import percent, signed
 from seg_attn.seeds import recipes
@@ -111,7 +112,7 @@ class Setting:
     mode: Settings = _PLAIN
     predictions: Path | None = None
 
-    def predictor(self, device: str) -> Predictor:
+    def predictor(self, device: str | torch.device) -> Predictor:
         """Build the predictor from the weights in memory: the file may be another one by now."""
         assert self.checkpoint is not None
         model = self.checkpoint.build_model(self.output_stride)
@@ -169,8 +170,11 @@ def short_names(paths: Sequence[Path]) -> list[str]:
         ['version_0', 'version_1']
         >>> short_names([Path("a/b.ckpt")]), short_names([Path("x/a.ckpt"), Path("x/y/a.ckpt")])
         (['b'], ['a', 'y/a'])
+        >>> short_names([Path("a.ckpt"), Path("a")])
+        ['a.ckpt', 'a']
     """
-    parts = [(*path.parts[:-1], path.stem if path.is_file() or path.suffix == ".ckpt" else path.name) for path in paths]
+    bare = [path.with_suffix("") if path.is_file() or path.suffix == ".ckpt" else path for path in paths]
+    parts = [path.parts for path in (bare if len(set(bare)) == len(paths) else paths)]
     if len(parts) < 2:
         return [printable(names[-1]) for names in parts]
     shortest = min(map(len, parts))
@@ -198,9 +202,10 @@ class Row:
 
     Attributes:
         setting: Which one.
-        confusion: One matrix per image, int64 (N, C, C) [image, target, prediction].
+        confusion: The whole set's matrix, int64 (C, C) [target, prediction].
+        counts: Pixels, per image and class.
         boundary: Boundary pixels, per image and class.
-        device: Where it ran, "cpu" or "cuda:0"; None for masks made elsewhere.
+        device: Where it ran, such as "cpu" or "cuda"; None for masks made elsewhere.
         images_per_s: Images per second of normalising, network and classes, over the whole pass; without decoding.
         latency_ms: Milliseconds of one batch (one image by default), median.
         peak_memory_bytes: On the CPU resident memory of a process of its own, on a GPU what the setting took there.
@@ -212,6 +217,7 @@ class Row:
 
     setting: Setting
     confusion: Int64Array
+    counts: Counts
     boundary: Counts
     device: str | None = None
     images_per_s: float | None = None
@@ -223,21 +229,15 @@ class Row:
     masks: list[bytes] = field(default_factory=list)
 
     @property
-    def total(self) -> Int64Array:
-        """The whole set's confusion matrix, int64 (C, C)."""
-        total: Int64Array = self.confusion.sum(axis=0)
-        return total
-
-    @property
     def per_class(self) -> list[float]:
         """IoU of every class; NaN for one that occurs nowhere."""
-        values: list[float] = iou_from_confusion(torch.from_numpy(self.total)).tolist()
+        values: list[float] = iou_from_confusion(torch.from_numpy(self.confusion)).tolist()
         return values
 
     @property
     def miou(self) -> float:
         """Mean IoU, the same operations as `test`'s."""
-        return float(iou_from_confusion(torch.from_numpy(self.total)).nanmean())
+        return float(iou_from_confusion(torch.from_numpy(self.confusion)).nanmean())
 
 
 @dataclass
@@ -323,7 +323,7 @@ class Comparison:
             "gflops": row.gflops,
             "gflops_size": None if row.gflops_size is None else list(row.gflops_size),
             "parameters": row.parameters,
-            "confusion": row.total.tolist(),
+            "confusion": row.confusion.tolist(),
         }
 
     def _by_name(self, values: Sequence[float]) -> dict[str, float | None]:
@@ -430,8 +430,10 @@ def compare(
         warn: Called with a line on what a reader should know.
 
     Raises:
-        InputError: If a checkpoint's classes are not the data's, a mask is missing or wrong, or no row has that name.
+        InputError: If a checkpoint's classes are not the data's, a mask is missing or wrong, no row has that name, or
+            this machine has no such device.
     """
+    place = resolve_device(device)
     names = [setting.name for setting in chosen]
     if baseline is not None and baseline not in names:
         raise InputError(f"--baseline {baseline!r} is no row; the rows are: {'; '.join(names)}")
@@ -440,26 +442,26 @@ def compare(
     dataset = data.dataset(data.test_split)
     _check_checkpoints(chosen, data, warn)
     images = [pair.image for pair in dataset.pairs]
-    found = {setting.name: _find_masks(setting.predictions, images) for setting in chosen if setting.predictions}
+    masks = [None if setting.predictions is None else _find_masks(setting.predictions, images) for setting in chosen]
     sizes = _sizes(dataset)
-    by_name: dict[str, Row] = {}
+    done: dict[int, Row] = {}
     # Masks come first: one that is wrong is found before hours go into networks.
-    for number, setting in enumerate(sorted(chosen, key=lambda setting: setting.predictions is None), start=1):
+    for number, position in enumerate(sorted(range(len(chosen)), key=lambda index: masks[index] is None), start=1):
+        setting, found = chosen[position], masks[position]
         label = f"[{number}/{len(chosen)}] {setting.name}"
-        if setting.name in found:
-            by_name[setting.name] = _read_masks(setting, found[setting.name], dataset, data, label)
+        if found is None:
+            done[position] = _predict(setting, dataset, data, sizes, label, place, warn)
         else:
-            by_name[setting.name] = _predict(setting, dataset, data, sizes, label, device, warn)
-    rows = [by_name[name] for name in names]
+            done[position] = _read_masks(setting, found, dataset, data, label)
+    rows = [done[position] for position in range(len(chosen))]
     first = 0 if baseline is None else names.index(baseline)
-    counts = [Counts.of(row.confusion) for row in rows]
     return Comparison(
         rows=rows,
         baseline=first,
         class_names=list(data.class_names),
         palette=[list(colour) for colour in data.palette],
         dataset=dataset,
-        differences=[paired_difference(count, counts[first], replicates, seed) for count in counts],
+        differences=[paired_difference(row.counts, rows[first].counts, replicates, seed) for row in rows],
         boundary_differences=[paired_difference(row.boundary, rows[first].boundary, replicates, seed) for row in rows],
         seed=seed,
     )
@@ -485,17 +487,22 @@ class _Counter:
 
     def __init__(self, images: int, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.confusion = np.zeros((images, num_classes, num_classes), dtype=np.int64)
-        self.near = np.zeros((2, images, num_classes), dtype=np.int64)
+        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self.counts = Counts.zeros(images, num_classes)
+        self.boundary = Counts.zeros(images, num_classes)
         self.masks = [b""] * images
 
     def add(self, index: int, target: UInt8Array, prediction: UInt8Array) -> None:
-        self.confusion[index] = confusion_matrix(target, prediction, self.num_classes)
-        self.near[:, index] = boundary_counts(target, prediction, self.num_classes)
+        confusion = confusion_matrix(target, prediction, self.num_classes)
+        self.confusion += confusion
+        counts = Counts.of(confusion[None])
+        self.counts.intersection[index], self.counts.union[index] = counts.intersection[0], counts.union[0]
+        near = boundary_counts(target, prediction, self.num_classes)
+        self.boundary.intersection[index], self.boundary.union[index] = near
         self.masks[index] = zlib.compress(np.ascontiguousarray(prediction).tobytes(), 1)
 
     def row(self, setting: Setting, **figures: Any) -> Row:
-        return Row(setting, self.confusion, Counts(self.near[0], self.near[1]), masks=self.masks, **figures)
+        return Row(setting, self.confusion, self.counts, self.boundary, masks=self.masks, **figures)
 
 
 def _predict(
@@ -504,11 +511,10 @@ def _predict(
     data: SegmentationDataModule,
     sizes: Sequence[tuple[int, int]],
     label: str,
-    device: str,
+    place: torch.device,
     warn: Warn,
 ) -> Row:
-    predictor = setting.predictor(device)
-    place = predictor.device
+    predictor = setting.predictor(place)
     counter = _Counter(len(dataset), data.num_classes)
     predictor(dataset.load(0)[0])  # the first one is slower than the others
     if place.type == "cuda":
@@ -526,8 +532,10 @@ def _predict(
     areas = [height * width for height, width in sizes]
     typical = sorted(range(len(areas)), key=areas.__getitem__)[len(areas) // 2]
     largest = max(range(len(areas)), key=areas.__getitem__)
+    # A faster form of the network leaves some of its operations out: counted are those of the network itself.
+    mode = asdict(replace(setting.mode, precision="float32"))
     with FlopCounterMode(display=False) as flops:
-        predictor(dataset.load(typical)[0])
+        Predictor(predictor.model, predictor.data, place, **mode)(dataset.load(typical)[0])
     if place.type == "cuda":
         memory: int | None = torch.cuda.max_memory_allocated(place)
     else:
@@ -606,12 +614,17 @@ def _mask_reader(data: SegmentationDataModule) -> LabelReader:
 
 
 def _find_masks(folder: Path, images: Sequence[Path]) -> list[Path]:
-    """Find each image's mask by its stem, anywhere under the folder; where stems repeat, by their folders' names."""
+    """Find each image's mask by its stem, anywhere under the folder; where stems repeat, by their folders' names.
+
+    Raises:
+        InputError: If an image has none, or more than one, or two images would share one.
+    """
     by_stem: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in MASK_SUFFIXES and path.is_file():
             by_stem.setdefault(path.stem, []).append(path)
     found, missing = [], []
+    owners: dict[Path, Path] = {}
     for image in images:
         candidates = by_stem.get(image.stem, [])
         if len(candidates) > 1:
@@ -622,9 +635,15 @@ def _find_masks(folder: Path, images: Sequence[Path]) -> list[Path]:
                 f"--predictions {folder}: {candidates[0]} and {candidates[1]} could both be the mask of {image}; "
                 "leave one of them out"
             )
-        found += candidates
         if not candidates:
             missing.append(image)
+            continue
+        found += candidates
+        if (other := owners.setdefault(candidates[0], image)) != image:
+            raise InputError(
+                f"--predictions {folder}: {candidates[0]} could be the mask of {other} and of {image}; "
+                "put the masks into folders named as the images' are"
+            )
     if missing:
         more = f" (and {len(missing) - 1} more of {len(images)})" if missing[1:] else ""
         raise InputError(f"--predictions {folder}: no mask {missing[0].stem}.png for {missing[0]}{more}")

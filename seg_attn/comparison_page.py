@@ -107,12 +107,11 @@ def _count(number: int, one: str, many: str | None = None) -> str:
 def _label(record: Mapping[str, Any]) -> str:
     """A row's name where nothing around it says what the number in it is."""
     name = str(record["name"])
-    return f"stride {name}" if name[:1].isdigit() and record["output_stride"] else name
+    return f"stride {name}" if name.split(",")[0] == str(record["output_stride"]) else name
 
 
 def _verdict(comparison: Comparison, index: int) -> str:
-    difference = comparison.differences[index]
-    kind = "none" if not difference.shown else "better" if difference.value > 0 else "worse"
+    kind = comparison.differences[index].kind
     mark = {"better": "▲", "worse": "▼", "none": "="}[kind]
     text = comparison.verdict(index)
     text = text[:1].upper() + text[1:]

@@ -1,8 +1,9 @@
 """Which checkpoints are seeds: the same recipe trained as long, in runs of their own, so that chance alone differs.
 
-What Lightning keeps in a checkpoint says both. The folder that the training wrote into tells runs apart: best and last
-of one run are no seeds. Its length is not kept, but the learning rate is, and with it how much of the schedule is left;
-a best checkpoint's own step would not do, for it is another one in every run.
+A checkpoint says all three. The recipe is its hyper-parameters, what it was trained on, and how: crops, batches, split,
+precision, processes; where the files lay is no part of it. A run has an id of its own that a resumed run keeps: best
+and last of one run are no seeds. A run's length is not kept, but the learning rate is, and with it how much of the
+schedule is left; a best checkpoint's own step would not do, for it is another one in every run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,27 +20,19 @@ def recipes(checkpoints: Sequence[Checkpoint | None]) -> list[str | None]:
         None for no checkpoint, for one that no training wrote, such as an imported network, and for a recipe that one
         run gave several checkpoints of.
     """
-    runs: dict[str, dict[str, set[Path]]] = {}
+    files: dict[str, dict[str, set[Path]]] = {}
     found: list[str | None] = []
     for checkpoint in checkpoints:
-        folder = None if checkpoint is None else run_folder(checkpoint)
-        if checkpoint is None or folder is None:
+        run = None if checkpoint is None else checkpoint.training.get("run")
+        if checkpoint is None or not run:
             found.append(None)
             continue
-        arguments = sorted(_plain(checkpoint.hyper_parameters).items())
-        recipe = repr((planned_steps(checkpoint), checkpoint.data, arguments))
-        runs.setdefault(recipe, {}).setdefault(folder, set()).add(checkpoint.path)
+        how = (checkpoint.hyper_parameters, run["training"])
+        recipe = repr((planned_steps(checkpoint), checkpoint.data, *(sorted(_plain(part).items()) for part in how)))
+        files.setdefault(recipe, {}).setdefault(run["id"], set()).add(checkpoint.path)
         found.append(recipe)
-    mixed = {recipe for recipe, folders in runs.items() if any(len(paths) > 1 for paths in folders.values())}
+    mixed = {recipe for recipe, runs in files.items() if any(len(paths) > 1 for paths in runs.values())}
     return [None if recipe in mixed else recipe for recipe in found]
-
-
-def run_folder(checkpoint: Checkpoint) -> str | None:
-    """Name the folder that a checkpoint's training wrote checkpoints into; None where it kept none."""
-    callbacks = checkpoint.training.get("callbacks")
-    states = callbacks.values() if isinstance(callbacks, Mapping) else []
-    folders = [state["dirpath"] for state in states if isinstance(state, Mapping) and state.get("dirpath")]
-    return str(folders[0]) if folders else None
 
 
 def planned_steps(checkpoint: Checkpoint) -> int:

@@ -16,10 +16,12 @@ biased, basic and BCa intervals take that for skewness and fall to 91 or 92 % wh
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from seg_attn.report import percent, signed
 
 Int64Array = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -40,6 +42,11 @@ class Counts:
 
     intersection: Int64Array
     union: Int64Array
+
+    @classmethod
+    def zeros(cls, images: int, classes: int) -> Self:
+        """Start with nothing counted."""
+        return cls(np.zeros((images, classes), dtype=np.int64), np.zeros((images, classes), dtype=np.int64))
 
     @classmethod
     def of(cls, confusion: NDArray[np.integer[Any]]) -> Self:
@@ -79,14 +86,9 @@ class Difference:
     images: int
 
     @property
-    def half_width(self) -> float:
-        """Half the interval's length."""
-        return (self.interval[1] - self.interval[0]) / 2
-
-    @property
-    def shown(self) -> bool:
-        """Whether the interval leaves zero out."""
-        return self.interval[0] > 0 or self.interval[1] < 0
+    def kind(self) -> Literal["better", "worse", "none"]:
+        """What the interval shows; "none" where it does not leave zero out."""
+        return "better" if self.interval[0] > 0 else "worse" if self.interval[1] < 0 else "none"
 
 
 def resamples(images: int, replicates: int, seed: int) -> Iterator[Int64Array]:
@@ -123,8 +125,8 @@ def paired_difference(
         >>> better = Counts(np.array([[9], [9], [8]]), np.array([[10], [10], [10]]))
         >>> worse = Counts(np.array([[5], [4], [5]]), np.array([[10], [10], [10]]))
         >>> difference = paired_difference(better, worse)
-        >>> round(difference.value, 4), difference.shown
-        (0.4, True)
+        >>> round(difference.value, 4), difference.kind
+        (0.4, 'better')
     """
     if row.union.shape != baseline.union.shape:
         raise ValueError(
@@ -167,6 +169,9 @@ def paired_difference(
 def verdict(difference: Difference, row: str, baseline: str, subject: str = "") -> str:
     """Say in words what a difference shows, in points of mean IoU (percent).
 
+    An interval is written as ± where it lies evenly around the difference, to a tenth of its half, and by its ends
+    where it does not.
+
     Args:
         difference: The row's difference from the baseline.
         row: The row's name.
@@ -177,26 +182,24 @@ def verdict(difference: Difference, row: str, baseline: str, subject: str = "") 
         >>> nothing = np.zeros((0,))
         >>> verdict(Difference(0.0084, (0.0053, 0.0115), nothing, nothing, 60), "8", "16", "this checkpoint")
         'for this checkpoint, on these 60 images: 8 is better than 16 by 0.84 ± 0.31'
+        >>> verdict(Difference(0.0467, (0.0324, 0.1288), nothing, nothing, 9), "8", "16")
+        'on these 9 images: 8 is better than 16 by 4.67 (95 % interval +3.24 to +12.88)'
         >>> verdict(Difference(0.0004, (-0.003, 0.0037), nothing, nothing, 60), "8", "16")
         'on these 60 images: no difference shown between 8 and 16 (+0.04, 95 % interval −0.30 to +0.37)'
     """
     where = f"on {'this one image' if difference.images == 1 else f'these {difference.images:,} images'}"
     head = f"for {subject}, {where}" if subject else where
     if difference.images == 1:
-        return f"{head}: {row} minus {baseline} is {_points(difference.value)}; one image has no interval"
+        return f"{head}: {row} minus {baseline} is {signed(difference.value)}; one image has no interval"
     low, high = difference.interval
     if difference.value == 0 and low == high == 0:
         return f"{head}: {row} and {baseline} count the same"
-    if difference.shown:
-        word = "better" if low > 0 else "worse"
-        return (
-            f"{head}: {row} is {word} than {baseline} "
-            f"by {100 * abs(difference.value):.2f} ± {100 * difference.half_width:.2f}"
-        )
-    return (
-        f"{head}: no difference shown between {row} and {baseline} "
-        f"({_points(difference.value)}, 95 % interval {_points(low)} to {_points(high)})"
-    )
+    ends = f"95 % interval {signed(low)} to {signed(high)}"
+    if difference.kind == "none":
+        return f"{head}: no difference shown between {row} and {baseline} ({signed(difference.value)}, {ends})"
+    middle, half = (low + high) / 2, (high - low) / 2
+    extent = f"± {percent(half)}" if abs(difference.value - middle) <= half / 10 else f"({ends})"
+    return f"{head}: {row} is {difference.kind} than {baseline} by {percent(abs(difference.value))} {extent}"
 
 
 def _fixed_mean(iou: FloatArray, occurs: NDArray[np.bool_]) -> FloatArray:
@@ -216,7 +219,3 @@ def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> FloatArray:
     nothing = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
     ratio: FloatArray = np.divide(numerator, denominator, out=nothing, where=denominator > 0)
     return ratio
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.2f}".replace("-", "−")

@@ -4,6 +4,7 @@ Recipe: DeepLabv3 (arXiv 1706.05587, section 4.1): SGD with momentum, learning r
 """
 
 import math
+import uuid
 import warnings
 from typing import Any, Literal, Self
 
@@ -126,6 +127,7 @@ class SegmentationTask(LightningModule):
                 norm.requires_grad_(False)
         self._checked_rates = False
         self._random_state: Tensor | None = None
+        self._run_id: str | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (N, num_classes, H, W) for images (N, C, H, W)."""
@@ -232,6 +234,7 @@ class SegmentationTask(LightningModule):
 
         Lightning keeps the modes it finds, and a model may come here in eval mode.
         """
+        self._run_id = self._run_id or uuid.uuid4().hex
         self.train()
         self.model.to(memory_format=torch.channels_last)
 
@@ -292,13 +295,28 @@ class SegmentationTask(LightningModule):
         checkpoint["data"] = self.data_info.as_dict()
         checkpoint["hyper_parameters"] = {**dict(self.hparams), **self.model.config}
         checkpoint["random_state"] = torch.get_rng_state()  # dropout's, so that 5 + 5 steps equal 10
+        if self._run_id:
+            checkpoint["run"] = {"id": self._run_id, "training": self._training()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what the data were, unless the run's own data say it."""
         if checkpoint.get("data") and not hasattr(getattr(self._trainer, "datamodule", None), "class_names"):
             self.data_info = DataInfo(**checkpoint["data"])
         self._random_state = checkpoint.get("random_state")
+        if self._trainer is not None:  # the run goes on; without one, weights are taken over by another
+            self._run_id = (checkpoint.get("run") or {}).get("id")
         settle_finished_epoch(checkpoint)
+
+    def _training(self) -> dict[str, Any]:
+        """What shapes the training besides the hyper-parameters: of the data module and of the trainer."""
+        trainer = self.trainer
+        return {
+            **getattr(getattr(trainer, "datamodule", None), "recipe", {}),
+            "precision": str(trainer.precision),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "world_size": trainer.world_size,
+        }
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from seg_attn.cli import main
+from seg_attn.compare import _find_masks, describe, modes, printable, seed_lines, settings, short_names
 from seg_attn.compare import compare as compare_settings
-from seg_attn.compare import describe, modes, printable, seed_lines, settings, short_names
 from seg_attn.data import VOCDataModule
 from seg_attn.data.images import voc_palette
+from seg_attn.errors import InputError
 from seg_attn.memory import forget_high_water, high_water, peak_memory
 from seg_attn.models import DeepLabV3
 from seg_attn.prediction.settings import Settings
@@ -205,6 +206,7 @@ def test_every_mode_is_run(checkpoint, config, tmp_path, monkeypatch):
     assert flops["16, flip"] == pytest.approx(2 * flops["16"])
     assert flops["16, scales 0.5 1 + flip"] == pytest.approx(2 * flops["16, scales 0.5 1"])
     assert flops["16, tile 32 overlap 8"] > flops["16"]
+    assert flops["16, bfloat16"] == flops["16"]
     assert rows["16, flip"]["confusion"] != rows["16"]["confusion"]
     assert rows["16, bfloat16"]["precision"] == "bfloat16"
 
@@ -218,9 +220,7 @@ def seeds_of_one_recipe(checkpoint, folder, count):
         for key, value in content["state_dict"].items():
             if key.startswith("model.classifier"):
                 content["state_dict"][key] = value + 0.05 * torch.randn(value.shape, generator=generator)
-        for state in content["callbacks"].values():
-            if "dirpath" in state:
-                state["dirpath"] = str(folder / f"seed_{seed}")
+        content["run"]["id"] = f"seed_{seed}"
         paths.append(folder / f"seed_{seed}" / "best.ckpt")
         paths[-1].parent.mkdir(parents=True)
         torch.save(content, paths[-1])
@@ -283,10 +283,24 @@ def test_best_and_last_of_one_run_are_no_seeds(run_folder, devkit, monkeypatch):
         (["a/best.ckpt", "a/last.ckpt"], ["best", "last"]),
         (["one/masks", "two/masks"], ["one", "two"]),
         (["masks", "deep/masks"], ["masks", "deep/masks"]),
+        (["a/best.ckpt", "a/best"], ["best.ckpt", "best"]),
     ],
 )
 def test_rows_are_named_by_what_sets_them_apart(paths, names):
     assert short_names([Path(path) for path in paths]) == names
+
+
+def test_names_that_differ_in_their_suffix_are_rows_of_their_own(checkpoint, devkit, tmp_path, monkeypatch):
+    monkeypatch.setattr("seg_attn.compare.peak_memory", lambda *_: None)
+    (path,) = seeds_of_one_recipe(checkpoint, tmp_path, 1)
+    paths = [path, path.with_suffix(".pt")]
+    paths[1].write_bytes(checkpoint.read_bytes())
+    data = VOCDataModule(root=str(devkit), num_workers=0)
+    both = compare_settings(data, settings(paths), device="cpu").records()
+    alone = [compare_settings(data, settings([path]), device="cpu").records()[0] for path in paths]
+    assert [row["name"] for row in both] == ["best.ckpt at 16", "best.pt at 16"]
+    assert [row["confusion"] for row in both] == [row["confusion"] for row in alone]
+    assert alone[0]["confusion"] != alone[1]["confusion"]
 
 
 def saved(folder, files):
@@ -325,6 +339,28 @@ def test_masks_in_folders_and_in_colours_are_read(devkit, config, masks, tmp_pat
     run("compare", "--config", config, "--predictions", tmp_path / "in", "--output", tmp_path / "out")
     (row,) = json.loads((tmp_path / "out" / "compare.json").read_text())
     assert row["confusion"] == rows[0]["confusion"]
+
+
+def test_masks_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    images = [Path("images/cityA/0001.jpg"), Path("images/cityB/0001.jpg")]
+    mask = np.zeros((2, 2), dtype=np.uint8)
+    for city in ("cityA", "cityB"):
+        saved(tmp_path / "masks" / city, {"0001.png": mask})
+    found = _find_masks(tmp_path / "masks", images)
+    assert [path.parent.name for path in found] == ["cityA", "cityB"]
+    saved(tmp_path / "half" / "cityA", {"0001.png": mask})
+    with pytest.raises(InputError, match=r"cityA/0001.png could be the mask of .*cityA/0001.jpg and of .*cityB/0001"):
+        _find_masks(tmp_path / "half", images)
+
+
+def test_files_are_there_though_nobody_reads_what_is_printed(config, masks, tmp_path, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("seg_attn.commands.compare.show", closed)
+    arguments = ["compare", "--config", config, "--predictions", masks / "8", "--output", tmp_path / "out"]
+    main([str(argument) for argument in arguments])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.csv", "compare.html", "compare.json"]
 
 
 def test_bad_arguments_are_one_line(checkpoint, config, devkit, capsys, tmp_path):
@@ -384,6 +420,7 @@ def test_the_peak_sees_what_was_taken_and_forgets():
         (["--ckpt_path", "odd.ckpt"], "the weights of odd.ckpt do not fit the model: 1 missing"),
         (["--predictions", "some"], "no mask"),
         (["--predictions", "beyond"], "labels 9"),
+        (["--device", "nonsense"], "device 'nonsense' is not on this machine"),
         (["--output", "/proc/none"], "--output /proc/none: nothing can be written into /proc"),
         (["--output", "config.yaml/out"], "nothing can be written into config.yaml (Not a directory)"),
     ],
@@ -400,6 +437,8 @@ def test_no_network_runs_before_all_input_is_checked(
     del content["state_dict"][next(key for key in content["state_dict"] if key.startswith("model."))]
     torch.save(content, "odd.ckpt")
     monkeypatch.setattr("seg_attn.compare._predict", lambda *_: pytest.fail("a network ran"))
+    if "--device" in arguments:
+        monkeypatch.setattr("seg_attn.compare._sizes", lambda *_: pytest.fail("images were read"))
     base = ["--config", "config.yaml", "--ckpt_path", checkpoint, "--output", "out"]
     assert said in fails(capsys, "compare", *base, *arguments)
     assert not Path("out").exists()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from seg_attn.boundaries import boundary_counts
 from seg_attn.compare import Comparison, Row, Setting, confusion_matrix
-from seg_attn.comparison_page import _agreement, page
+from seg_attn.comparison_page import _agreement, _label, page
 from seg_attn.comparison_report import show, write_comparison
 from seg_attn.data import VOCDataModule
 from seg_attn.report import percent, signed
@@ -44,19 +44,18 @@ def comparison(devkit):
         masks = [noisy(target, share * (1 + index) / 6, generator) for index, target in enumerate(targets)]
         near = np.array([boundary_counts(*pair, 9) for pair in zip(targets, masks, strict=True)])
         confusion = np.stack([confusion_matrix(*pair, 9) for pair in zip(targets, masks, strict=True)])
-        row = Row(Setting(name), confusion, Counts(near[:, 0], near[:, 1]))
+        row = Row(Setting(name), confusion.sum(0), Counts.of(confusion), Counts(near[:, 0], near[:, 1]))
         row.masks = [zlib.compress(mask.tobytes()) for mask in masks]
         if number < 2:
             row.gflops, row.latency_ms, row.parameters = 5.0 * (number + 1), 20.0 + number, 12_000_000
         rows.append(row)
-    counts = [Counts.of(row.confusion) for row in rows]
     return Comparison(
         rows=rows,
         baseline=0,
         class_names=data.class_names,
         palette=data.palette,
         dataset=dataset,
-        differences=[paired_difference(count, counts[0], 500) for count in counts],
+        differences=[paired_difference(row.counts, rows[0].counts, 500) for row in rows],
         boundary_differences=[paired_difference(row.boundary, rows[0].boundary, 500) for row in rows],
         seed=0,
     )
@@ -82,11 +81,10 @@ def nine(comparison):
         setting = Setting(name, output_stride=int(name.split(",")[0]))
         cost, time = generator.uniform(4, 20), generator.uniform(10, 900)
         rows.append(replace(row, setting=setting, gflops=cost, latency_ms=time, peak_memory_bytes=2**31))
-    counts = [Counts.of(row.confusion) for row in rows]
     return replace(
         comparison,
         rows=rows,
-        differences=[paired_difference(count, counts[0], 500) for count in counts],
+        differences=[paired_difference(row.counts, rows[0].counts, 500) for row in rows],
         boundary_differences=[comparison.boundary_differences[0]] * 9,
     )
 
@@ -179,8 +177,8 @@ def test_the_images_are_those_that_rows_disagree_on_most(html, comparison):
     target = comparison.dataset.load(first)[1]
     mask = noisy(target, 0.0, np.random.default_rng(0))
     assert (mask == target)[target != 255].all()
-    right = comparison.rows[0].confusion[first]
-    assert shown[0]["accuracy"][0] == pytest.approx(np.trace(right) / right.sum())
+    right = comparison.rows[0].counts.intersection[first].sum()
+    assert shown[0]["accuracy"][0] == pytest.approx(right / (target != 255).sum())
 
 
 def test_disagreement_is_of_labelled_pixels():
@@ -293,6 +291,23 @@ def test_fits_a_phone_and_follows_the_colour_scheme(opened, scheme):
     tab.locator("#axis").select_option(index=1)
     assert tab.evaluate("document.documentElement.scrollWidth") == 390
     assert tab.locator("#settings").evaluate("table => table.offsetWidth > table.parentElement.clientWidth")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_prints_dark_on_white(opened, scheme):
+    tab = opened(scheme=scheme)
+    if scheme == "light":
+        tab.locator("#theme").click()  # dark by hand
+    tab.emulate_media(media="print")
+    style = "getComputedStyle(document.body)"
+    assert tab.evaluate(f"{style}.color") == "rgb(0, 0, 0)"
+    assert tab.evaluate(f"{style}.backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_only_a_number_that_is_the_output_stride_is_called_one():
+    names = {"16": 16, "8, flip": 8, "2024-run at 8": 8, "16 at 8": 8, "masks in 3": None}
+    labels = [_label({"name": name, "output_stride": stride}) for name, stride in names.items()]
+    assert labels == ["stride 16", "stride 8, flip", "2024-run at 8", "16 at 8", "masks in 3"]
 
 
 def test_plots_show_what_the_data_hold(opened, html):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from seg_attn.checkpoint import Checkpoint, DataInfo, load_checkpoint, save_model
+from seg_attn.cli import main
 from seg_attn.models import DeepLabV3
-from seg_attn.seeds import planned_steps, recipes, run_folder
+from seg_attn.seeds import planned_steps, recipes
 from seg_attn.task import poly_factor
 
 pytestmark = pytest.mark.filterwarnings("ignore:atrous rate", "ignore:.*does not have many workers")
@@ -15,11 +16,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:atrous rate", "ignore:.*does not
 DATA = DataInfo.default(3)
 
 
-def trained(run, step=40, total=100, warmup=10, power=0.9, file="best.ckpt", data=DATA):
+def trained(run, step=40, total=100, warmup=10, power=0.9, file="best.ckpt", data=DATA, crop=64):
     """What a run of so many steps has written at a step of it."""
     rate = 0.05 * min(1.0, (step + 1) / (warmup + 1)) * poly_factor(step, total, power)
     schedule = {"base_lrs": [0.0, 0.05], "last_epoch": step, "_last_lr": [0.0, rate]}
-    training = {"global_step": step, "callbacks": {"checkpoint": {"dirpath": run}}, "lr_schedulers": [schedule]}
+    how = {"crop_size": [crop, crop], "precision": "32-true"}
+    training = {"global_step": step, "lr_schedulers": [schedule], "run": {"id": run, "training": how}}
     arguments = {"backbone": "resnet18", "warmup_steps": warmup, "poly_power": power}
     return Checkpoint(Path(run) / file, arguments, {}, data, training)
 
@@ -43,7 +45,13 @@ def test_best_checkpoints_of_other_epochs_are_seeds():
 
 
 @pytest.mark.parametrize(
-    "other", [trained("b", total=1000), trained("b", power=0.8), trained("b", data=replace(DATA, class_names=[*"xyz"]))]
+    "other",
+    [
+        trained("b", total=1000),
+        trained("b", power=0.8),
+        trained("b", data=replace(DATA, class_names=[*"xyz"])),
+        trained("b", crop=96),
+    ],
 )
 def test_another_length_recipe_or_data_is_no_seed(other):
     one, another = recipes([trained("a"), other])
@@ -59,7 +67,25 @@ def test_one_run_twice_and_no_run_are_no_seeds(tmp_path):
     assert recipes([load_checkpoint(path) for path in paths]) == [None, None]
 
 
-def test_a_runs_checkpoints_tell_its_folder_and_steps(checkpoint):
-    folder, checkpoint = checkpoint.parent, load_checkpoint(checkpoint)
-    assert run_folder(checkpoint) == str(folder)
+def test_a_runs_checkpoint_tells_its_recipe_and_steps(checkpoint):
+    checkpoint = load_checkpoint(checkpoint)
     assert planned_steps(checkpoint) == 6  # six images in batches of two, twice
+    how = checkpoint.training["run"]["training"]
+    assert (how["batch_size"], how["train_split"], how["precision"]) == (2, "train", "32-true")
+    assert recipes([checkpoint]) != [None]
+
+
+def test_a_run_that_goes_on_elsewhere_is_the_same_run_and_a_crop_is_another_recipe(checkpoint, config, tmp_path):
+    def fit(folder, *arguments):
+        command = ["fit", "--config", config, "--trainer.default_root_dir", tmp_path / folder, *arguments]
+        assert main([str(argument) for argument in command]) == 0
+        [last] = (tmp_path / folder).rglob("last.ckpt")
+        return load_checkpoint(last)
+
+    first = load_checkpoint(checkpoint)
+    resumed = fit("resumed", "--ckpt_path", checkpoint, "--trainer.max_epochs", 3)
+    assert resumed.training["run"] == first.training["run"]
+    other, cropped = fit("other", "--seed_everything", 1), fit("cropped", "--data.crop_size", 48)
+    one, another, third = recipes([first, other, cropped])
+    assert one == another is not None
+    assert third not in (None, one)

@@ -15,6 +15,7 @@ from seg_attn.comparison_report import show, write_comparison
 from seg_attn.data import MaskFolderDataModule, SampleDataModule, VOCDataModule
 from seg_attn.data.datamodules import SegmentationDataModule
 from seg_attn.errors import InputError
+from seg_attn.prediction.files import check_writable
 from seg_attn.statistics import REPLICATES
 
 DATA_MODULES = (VOCDataModule, MaskFolderDataModule, SampleDataModule)
@@ -42,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     if args.output is None:
         raise InputError("--output is missing: name a folder for the table and the page")
     output = Path(args.output)
-    _check_writable(output)
+    check_writable(output)
     for name, least in (("images", 0), ("seed", 0), ("replicates", 100)):
         if args[name] < least:
             raise InputError(f"--{name} must be at least {least}, got {args[name]}")
@@ -57,21 +58,12 @@ def run(arguments: Sequence[str]) -> int:
     comparison = compare(
         data, chosen, args.baseline, device=args.device, seed=args.seed, replicates=args.replicates, warn=_warn
     )
+    # Written first: nobody may be there to read what is shown.
+    written = write_comparison(comparison, output, args.title, args.images)
     show(comparison)
-    for path in write_comparison(comparison, output, args.title, args.images):
+    for path in written:
         print(f"written: {printable(path)}")
     return 0
-
-
-def _check_writable(output: Path) -> None:
-    """Try the output folder, or the one that it will be made in, before hours go into what is to be written there."""
-    existing = next(path for path in (output, *output.parents) if path.exists())
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise InputError(
-            f"--output {output}: nothing can be written into {existing} ({error.strerror}); name another folder"
-        ) from error
 
 
 def _parser() -> Any:

@@ -72,6 +72,7 @@ class SegmentationDataModule(LightningDataModule):
         mean: Channel means.
         std: Channel deviations.
         ignore_index: The label of pixels without a class, always 255, whatever value the files hold for it.
+        recipe: The arguments that shape what is trained on, as plain values.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -138,6 +139,15 @@ class SegmentationDataModule(LightningDataModule):
         self.cache = cache
         self.cache_bytes = cache_bytes
         self.label_reader = label_reader or LabelReader(self.num_classes)
+        self.recipe: dict[str, Any] = {
+            "train_split": train_split,
+            "batch_size": batch_size,
+            "crop_size": list(size),
+            "scale": list(scale),
+            "flip": flip,
+            "color_jitter": list(color_jitter),
+            "crop_class_max": crop_class_max,
+        }
         self.train_transform = train_transform(
             (size[0], size[1]),
             mean=self.mean,
