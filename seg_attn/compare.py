@@ -29,7 +29,6 @@ from seg_attn.data.progress import Progress
 from seg_attn.errors import InputError
 from seg_attn.memory import peak_memory
 from seg_attn.metrics import iou_from_confusion
-from seg_attn.models.deeplabv3 import DeepLabV3
 from seg_attn.predict import Predictor
 from seg_attn.prediction.device import resolve_device
 from seg_attn.prediction.settings import Settings
@@ -542,8 +541,7 @@ def _predict(
         memory = _peak_memory(setting, predictor, dataset.pairs[largest].image)
         if memory is None:
             warn(f"{setting.name}: peak memory could not be measured")
-    with torch.device("meta"):
-        network = DeepLabV3(**{**predictor.model.config, "aux_head": False, "backbone_weights": None})
+    used = [weight for name, weight in predictor.model.named_parameters() if not name.startswith("aux_classifier.")]
     return counter.row(
         setting,
         device=str(place),
@@ -552,7 +550,7 @@ def _predict(
         peak_memory_bytes=memory,
         gflops=flops.get_total_flops() / 1e9,
         gflops_size=sizes[typical],
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=sum(weight.numel() for weight in used),
     )
 
 
