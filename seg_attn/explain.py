@@ -29,6 +29,7 @@ from torch import Tensor
 from seg_attn.data.images import ImageSource, UInt8Array, normalize, read_image, write_bytes
 from seg_attn.draw import overlay
 from seg_attn.errors import InputError
+from seg_attn.models.classes import best_classes
 from seg_attn.predict import Predictor
 from seg_attn.recording import AttentionRow, GateRecord, Recording, record_gates
 
@@ -117,7 +118,7 @@ class Explainer:
         share = ((x + 0.5) / width, (y + 0.5) / height)
         with torch.inference_mode(), record_gates(model, share) as recording:
             logits: Tensor = model(tensor)
-        mask = logits.argmax(dim=1)[0].to(torch.uint8).cpu().numpy()
+        mask = best_classes(logits)[0][0].cpu().numpy()
         return Scene(photograph, mask, data.class_names, data.palette), recording
 
     def figures(self, image: ImageSource, point: tuple[int, int] | None = None) -> dict[str, Figure]:

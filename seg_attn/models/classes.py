@@ -1,4 +1,4 @@
-"""From scores to classes: the one way, which `fit`, `test`, `predict` and `compare` share."""
+"""From scores to classes: the one way, which `fit`, `test`, `predict`, `compare` and `explain` share."""
 
 import torch
 from torch import Tensor
